@@ -1,0 +1,1 @@
+"""How the reference checkpoint `checkpoints/shapes` was made, and how its pictures are judged."""

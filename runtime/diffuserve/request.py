@@ -1,0 +1,138 @@
+"""What a client asks and what it gets back: frozen values, checked when they are made.
+
+Limits that depend on the checkpoint (sizes) are checked at admission, against its manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal
+
+from diffuserve.errors import InvalidArgumentError
+
+__all__ = [
+    "EVENT_KINDS",
+    "IMAGE_ENCODINGS",
+    "IMAGE_FORMATS",
+    "MAX_PROMPT_BYTES",
+    "MAX_SEED",
+    "RANDOM_SEED",
+    "Event",
+    "EventKind",
+    "GenerateRequest",
+]
+
+MAX_PROMPT_BYTES: Final = 8192
+MAX_NAME_BYTES: Final = 256
+MAX_SEED: Final = 2**63 - 1
+RANDOM_SEED: Final = -1
+IMAGE_FORMATS: Final = ("png", "jpeg", "webp")
+IMAGE_ENCODINGS: Final = ("binary", "base64")
+
+EventKind = Literal["progress", "image"]
+EVENT_KINDS: Final[tuple[EventKind, ...]] = ("progress", "image")
+
+
+def _check_range(name: str, value: float, low: float, high: float, remedy: str = "") -> None:
+    # Written so that NaN fails: every comparison with it is false.
+    if not low <= value <= high:
+        hint = f"; {remedy}" if remedy else ""
+        raise InvalidArgumentError(
+            f"{name} is {value}, and must be from {low} to {high}{hint}",
+            input=name,
+            value=value if math.isfinite(value) else str(value),
+            minimum=low,
+            maximum=high,
+        )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InvalidArgumentError(
+            f"{name} is {value[:64]!r}, and must be one of {', '.join(choices)}",
+            input=name,
+            value=value[:64],
+            choices=choices,
+        )
+
+
+def _check_text(name: str, value: str, limit: int) -> None:
+    size = len(value.encode("utf-8", errors="surrogatepass"))
+    if size > limit:
+        raise InvalidArgumentError(
+            f"{name} has {size} bytes, and at most {limit} are taken; shorten it", input=name, value=size, maximum=limit
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """One request for pictures. None means: the checkpoint's own value.
+
+    Raises InvalidArgumentError with the value, the limit and the remedy.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    checkpoint: str | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int = 20
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    seed: int = RANDOM_SEED
+    num_images: int = 1
+    progress_every: int = 0
+    image_format: str = "png"
+    image_encoding: str = "binary"
+
+    def __post_init__(self) -> None:
+        _check_text("prompt", self.prompt, MAX_PROMPT_BYTES)
+        _check_text("negative_prompt", self.negative_prompt, MAX_PROMPT_BYTES)
+        for name in ("checkpoint", "sampler"):
+            _check_text(name, getattr(self, name) or "", MAX_NAME_BYTES)
+        _check_range("steps", self.steps, 1, 150)
+        if self.guidance_scale is not None:
+            _check_range("guidance_scale", self.guidance_scale, 0, 50)
+        _check_range("num_images", self.num_images, 1, 16)
+        _check_range("seed", self.seed, RANDOM_SEED, MAX_SEED, "-1 lets the server draw one")
+        if self.seed + self.num_images - 1 > MAX_SEED:
+            raise InvalidArgumentError(
+                f"seed is {self.seed} and num_images {self.num_images}: image i uses seed + i, which must not exceed "
+                f"{MAX_SEED}; use a smaller seed",
+                input="seed",
+                value=self.seed,
+                maximum=MAX_SEED - self.num_images + 1,
+            )
+        _check_range("progress_every", self.progress_every, 0, 150, "0 is off")
+        _check_choice("image_format", self.image_format, IMAGE_FORMATS)
+        _check_choice("image_encoding", self.image_encoding, IMAGE_ENCODINGS)
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        return tuple(field.name for field in fields(cls))
+
+    def parameters(self) -> dict[str, Any]:
+        """Every field by its name, as JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One response of the server's stream.
+
+    `data` holds an image's encoded picture and is empty otherwise; `index` says which image of the request;
+    `step` counts denoising steps done of `steps`; `info` is what the server tells of it, as JSON can hold it.
+    """
+
+    kind: EventKind
+    index: int = 0
+    step: int = 0
+    steps: int = 0
+    seed: int = 0
+    data: bytes = b""
+    info: dict[str, Any]
+
+    def info_json(self) -> str:
+        return json.dumps(self.info, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,196 @@
+"""Requests and events as Triton tensors, both ways: the only place that names tensors.
+
+Arrays are what Triton's Python backend and tritonclient hold: BYTES as object arrays of bytes, numbers as
+int32, int64 or float32, all of shape [1] unless the table says -1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from diffuserve.errors import InternalError, InvalidArgumentError, UnsupportedError
+from diffuserve.request import EVENT_KINDS, Event, GenerateRequest
+
+__all__ = [
+    "INPUTS",
+    "MODEL_NAME",
+    "OUTPUTS",
+    "WIRE_VERSION",
+    "TensorSpec",
+    "decode_event",
+    "decode_request",
+    "encode_event",
+    "encode_request",
+]
+
+Array = npt.NDArray[Any]
+
+MODEL_NAME: Final = "diffusion"
+WIRE_VERSION: Final = 1  # the Triton version of the model; a change that old clients cannot read raises it
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of the public model: Triton's data type, and -1 in `shape` where the length is free."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...] = (1,)
+    required: bool = False
+
+
+INPUTS: Final = (
+    TensorSpec("prompt", "BYTES", required=True),
+    TensorSpec("negative_prompt", "BYTES"),
+    TensorSpec("prompt_syntax", "BYTES"),
+    TensorSpec("checkpoint", "BYTES"),
+    TensorSpec("width", "INT32"),
+    TensorSpec("height", "INT32"),
+    TensorSpec("steps", "INT32"),
+    TensorSpec("guidance_scale", "FP32"),
+    TensorSpec("guidance_rescale", "FP32"),
+    TensorSpec("sampler", "BYTES"),
+    TensorSpec("sigma_schedule", "BYTES"),
+    TensorSpec("eta", "FP32"),
+    TensorSpec("seed", "INT64"),
+    TensorSpec("num_images", "INT32"),
+    TensorSpec("init_image", "BYTES"),
+    TensorSpec("mask_image", "BYTES"),
+    TensorSpec("strength", "FP32"),
+    TensorSpec("loras", "BYTES", (-1,)),
+    TensorSpec("control_image", "BYTES"),
+    TensorSpec("control_scale", "FP32"),
+    TensorSpec("clip_skip", "INT32"),
+    TensorSpec("progress_every", "INT32"),
+    TensorSpec("preview_every", "INT32"),
+    TensorSpec("heartbeat_ms", "INT32"),
+    TensorSpec("image_format", "BYTES"),
+    TensorSpec("image_encoding", "BYTES"),
+    TensorSpec("priority", "INT32"),
+    TensorSpec("deadline_ms", "INT32"),
+    TensorSpec("client_tag", "BYTES"),
+    TensorSpec("operation", "BYTES"),
+    TensorSpec("resume", "BYTES"),
+)
+OUTPUTS: Final = (
+    TensorSpec("event", "BYTES"),
+    TensorSpec("data", "BYTES"),
+    TensorSpec("index", "INT32"),
+    TensorSpec("step", "INT32"),
+    TensorSpec("steps", "INT32"),
+    TensorSpec("seed", "INT64"),
+    TensorSpec("info", "BYTES"),
+)
+
+_INPUT_SPECS: Final = {spec.name: spec for spec in INPUTS}
+_BUILT: Final = frozenset(GenerateRequest.field_names())
+_DTYPES: Final[dict[str, Any]] = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BYTES": np.object_}
+
+
+def _array(spec: TensorSpec, value: Any) -> Array:
+    if spec.datatype == "BYTES":
+        value = value.encode() if isinstance(value, str) else value
+        return np.array([value], dtype=np.object_)
+    if spec.datatype != "FP32":
+        limits = np.iinfo(_DTYPES[spec.datatype])
+        if not limits.min <= value <= limits.max:
+            raise InvalidArgumentError(
+                f"{spec.name} is {value}, and must be from {limits.min} to {limits.max}", input=spec.name, value=value
+            )
+    return np.array([value], dtype=_DTYPES[spec.datatype])
+
+
+def encode_request(request: GenerateRequest) -> dict[str, Array]:
+    """The tensors of a request. Fields at their default are left out, so that the server's own defaults hold."""
+    tensors = {}
+    for field in fields(request):
+        value = getattr(request, field.name)
+        if field.default is MISSING or value != field.default:
+            tensors[field.name] = _array(_INPUT_SPECS[field.name], value)
+    return tensors
+
+
+def decode_request(tensors: Mapping[str, Array], parameters: Mapping[str, Any] | None = None) -> GenerateRequest:
+    """Read a request from its tensors.
+
+    `parameters` are Triton's request parameters, where `/generate` puts every key that names no input:
+    they are refused, since a misspelt option must not be ignored.
+
+    Raises InvalidArgumentError for bad values and UnsupportedError for inputs that are not built yet.
+    """
+    for name in parameters or ():
+        raise InvalidArgumentError(f"{name!r} is not an input of this model; leave it out or correct it", input=name)
+    values: dict[str, Any] = {}
+    for name, array in tensors.items():
+        spec = _INPUT_SPECS.get(name)
+        if spec is None:
+            raise InvalidArgumentError(
+                f"{name!r} is not an input of this model; leave it out or correct it", input=name
+            )
+        if name not in _BUILT:
+            raise UnsupportedError(f"{name} is not supported by this server yet; leave it out", input=name)
+        values[name] = _scalar(spec, array)
+    if "prompt" not in values:
+        raise InvalidArgumentError("prompt is missing; the empty prompt is given as an empty string", input="prompt")
+    return GenerateRequest(**values)
+
+
+def _scalar(spec: TensorSpec, array: Array) -> Any:
+    if array.size != 1:
+        raise InvalidArgumentError(
+            f"{spec.name} has {array.size} values, and one is taken; send one request per value",
+            input=spec.name,
+            value=int(array.size),
+            maximum=1,
+        )
+    value = array.reshape(-1)[0]
+    if spec.datatype != "BYTES":
+        return value.item()
+    if isinstance(value, str):
+        return value
+    try:
+        return bytes(value).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            f"{spec.name} is not UTF-8 (byte {error.start}: {error.reason}); encode it as UTF-8", input=spec.name
+        ) from error
+
+
+def encode_event(event: Event) -> dict[str, Array]:
+    """The tensors of one response; every output is in every response."""
+    values = {
+        "event": event.kind,
+        "data": event.data,
+        "index": event.index,
+        "step": event.step,
+        "steps": event.steps,
+        "seed": event.seed,
+        "info": event.info_json(),
+    }
+    return {spec.name: _array(spec, values[spec.name]) for spec in OUTPUTS}
+
+
+def decode_event(tensors: Mapping[str, Array]) -> Event:
+    """Read one response. Raises InternalError where it is not one that this version of the wire knows."""
+    try:
+        raw = {spec.name: tensors[spec.name].reshape(-1)[0] for spec in OUTPUTS}
+        kind = bytes(raw["event"]).decode()
+        if kind not in EVENT_KINDS:
+            raise InternalError(f"the server sent an event {kind!r} that this client does not know; update the client")
+        return Event(
+            kind=kind,
+            data=bytes(raw["data"]),
+            index=int(raw["index"]),
+            step=int(raw["step"]),
+            steps=int(raw["steps"]),
+            seed=int(raw["seed"]),
+            info=json.loads(bytes(raw["info"])),
+        )
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise InternalError(f"the server's response cannot be read: {error!r}") from error
