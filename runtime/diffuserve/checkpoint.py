@@ -1,0 +1,111 @@
+"""One deployed checkpoint as the service uses it: its manifest, tokenizer and sampler tables."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+
+from diffuserve.components import ComponentRunner, check_rows
+from diffuserve.errors import InvalidArgumentError
+from diffuserve.manifest import Deployment, Manifest
+from diffuserve.prompt import Prompt, PromptTokenizer
+from diffuserve.request import RANDOM_SEED, GenerateRequest
+from diffuserve.sampling import SAMPLERS, Trajectory, TrajectoryCompiler
+from diffuserve.spec import LATENTS, PIXELS, TEXT_ENCODER, VAE_DECODER
+
+__all__ = ["Checkpoint", "ResolvedRequest"]
+
+_SEED_BOUND: Final = 2**32  # what the server draws stays readable, and exact in every JSON reader
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRequest:
+    """A request with nothing left to default: what `info` reports, and what makes the same picture again."""
+
+    request: GenerateRequest
+    checkpoint: str
+    width: int
+    height: int
+    guidance_scale: float
+    sampler: str
+    seed: int
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1  # as diffusers
+
+    def parameters(self, index: int) -> dict[str, object]:
+        """Every parameter that made image `index`."""
+        return {
+            **self.request.parameters(),
+            "checkpoint": self.checkpoint,
+            "width": self.width,
+            "height": self.height,
+            "guidance_scale": self.guidance_scale,
+            "sampler": self.sampler,
+            "seed": self.seed + index,
+            "num_images": 1,
+        }
+
+
+class Checkpoint:
+    """Loads what the loop needs of one checkpoint. Raises OSError or ValueError for a folder that is not whole."""
+
+    def __init__(self, deployment: Deployment, name: str, runner: ComponentRunner) -> None:
+        self.manifest: Manifest = deployment.manifest(name)
+        self.name = name
+        self._runner = runner
+        self._tokenizer = PromptTokenizer(deployment.folder(name) / "tokenizer.json", self.manifest.token_limit)
+        self._compile = TrajectoryCompiler(self.manifest.scheduler)
+
+    def resolve(self, request: GenerateRequest) -> ResolvedRequest:
+        """Fill in the checkpoint's defaults. Raises InvalidArgumentError for what this checkpoint cannot do."""
+        manifest = self.manifest
+        width, height = request.width, request.height
+        width = manifest.size.opt if width is None else width
+        height = manifest.size.opt if height is None else height
+        manifest.size.check("width", width)
+        manifest.size.check("height", height)
+        if request.sampler is not None and request.sampler not in SAMPLERS:
+            raise InvalidArgumentError(
+                f"sampler is {request.sampler[:64]!r}, and must be one of {', '.join(SAMPLERS)}",
+                input="sampler",
+                value=request.sampler[:64],
+                choices=tuple(SAMPLERS),
+            )
+        guidance = manifest.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        seed = secrets.randbelow(_SEED_BOUND) if request.seed == RANDOM_SEED else request.seed
+        return ResolvedRequest(
+            request=replace(request, seed=seed),
+            checkpoint=self.name,
+            width=width,
+            height=height,
+            guidance_scale=guidance,
+            sampler=self.trajectory(request.sampler, request.steps).sampler,
+            seed=seed,
+        )
+
+    def trajectory(self, sampler: str | None, steps: int) -> Trajectory:
+        return self._compile(sampler, steps)
+
+    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, list[Prompt]]:
+        """Hidden states [len(prompts), tokens, D], and the prompts as they were read."""
+        read = [self._tokenizer(prompt) for prompt in prompts]
+        component = self.manifest.components[TEXT_ENCODER]
+        outputs = self._runner.run(component, {"input_ids": torch.cat([one.ids for one in read])})
+        return check_rows(component, outputs["hidden_states"], len(read)).float(), read
+
+    def first_latents(self, resolved: ResolvedRequest, generator: torch.Generator, scale: float) -> torch.Tensor:
+        """Seeded noise [C, h, w] float32, drawn on the CPU as diffusers draws it, times the sampler's first scale."""
+        factor = self.manifest.latent_scale
+        shape = (1, self.manifest.latent_channels, resolved.height // factor, resolved.width // factor)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)[0] * scale
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels [3, H, W] of one image's latents [C, h, w]."""
+        component = self.manifest.components[VAE_DECODER]
+        pixels = self._runner.run(component, {LATENTS: latents[None].contiguous()})[PIXELS]
+        return check_rows(component, pixels, 1)[0]

@@ -1,0 +1,40 @@
+"""Prompt -> token ids, as the checkpoint's own tokenizer reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+__all__ = ["Prompt", "PromptTokenizer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids [1, token_limit], int32, and how many of the prompt's own tokens did not fit."""
+
+    ids: torch.Tensor
+    tokens_cut: int
+
+
+class PromptTokenizer:
+    """Reads a prompt as diffusers does: cut to the text encoder's length, padded with the end token."""
+
+    def __init__(self, path: Path, token_limit: int) -> None:
+        self._tokenizer = Tokenizer.from_file(str(path))
+        self._limit = token_limit
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        start_and_end = self._tokenizer.encode("").ids
+        self._end = start_and_end[-1]
+
+    def __call__(self, prompt: str) -> Prompt:
+        ids = self._tokenizer.encode(prompt).ids
+        cut = max(0, len(ids) - self._limit)
+        if cut:
+            ids = [*ids[: self._limit - 1], self._end]
+        # CLIP's padding token is its end token in SD1.x; families that pad otherwise carry it in their tokenizer.
+        ids += [self._end] * (self._limit - len(ids))
+        return Prompt(torch.tensor([ids], dtype=torch.int32), cut)

@@ -1,0 +1,58 @@
+"""The table that the denoising loop multiplies by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["HISTORY", "Trajectory"]
+
+HISTORY: Final = 3  # how many earlier u the update may use, beside the newest
+
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """One sampler over a number of steps, as the numbers of each UNet evaluation.
+
+    Evaluation k, with latents x, model output m (after guidance) and fresh noise n, does
+
+        u  = p x + q m
+        x' = a x + b[0] u + b[1] u1 + b[2] u2 + b[3] u3 + c n
+
+    where u1, u2, u3 are the u of the evaluations before, newest first; u is put in front of them afterwards
+    unless `remember` is false. All arrays have one row an evaluation; `b` is [evaluations, 1 + HISTORY].
+
+    timestep      what the UNet is told
+    input_scale   what the latents are multiplied by on their way into the UNet
+    draws         how many times standard noise is drawn; n is the last draw
+    steps_done    how many denoising steps are complete after the evaluation (Heun's two evaluations are one step)
+    initial_scale what standard noise is multiplied by to give the first x
+    """
+
+    sampler: str
+    steps: int
+    initial_scale: float
+    timestep: Vector
+    input_scale: Vector
+    p: Vector
+    q: Vector
+    a: Vector
+    b: Vector
+    c: Vector
+    remember: npt.NDArray[np.bool_]
+    draws: npt.NDArray[np.int64]
+    steps_done: npt.NDArray[np.int64]
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.timestep)
+
+    def coefficients(self) -> npt.NDArray[np.float32]:
+        """The update's numbers as the loop takes them, [evaluations, 6 + HISTORY + 1]: input_scale, p, q, a, c, b."""
+        columns = np.column_stack([self.input_scale, self.p, self.q, self.a, self.c, self.b])
+        return np.asarray(columns, dtype=np.float32)
