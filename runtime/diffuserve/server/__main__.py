@@ -1,0 +1,135 @@
+"""`python -m diffuserve.server`: serve a deployment in the foreground until Ctrl-C or SIGTERM.
+
+Exit codes: 0 after a clean stop, 1 if the server did not start or died, 2 if a check failed before the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from diffuserve.server.errors import ServerSetupError, ServerStartError
+from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
+from diffuserve.server.process import TritonServer
+
+_EXAMPLE = """{"prompt": "a red circle", "image_encoding": "base64"}"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until told to stop, and return the exit code."""
+    server = TritonServer(options_from(arguments))
+    with _Signals(server.kill) as signals:
+        try:
+            return _serve(server)
+        except KeyboardInterrupt:
+            _say("stopping")
+            return 0
+        except ServerSetupError as error:
+            return _fail(str(error), code=2)
+        except ServerStartError as error:
+            return _fail(str(error))
+        finally:
+            signals.stopping = True
+            server.stop()
+
+
+def _serve(server: TritonServer) -> int:
+    server.start()
+    _say(f"starting Triton with {len(server.launch.models)} models; its log is {server.log_file}")
+    server.wait_ready()
+    _say(_announcement(server))
+    server.wait()
+    return _fail(f"the server died ({server.exit_reason()}); its log, {server.log_file}, ends:\n{server.log_tail()}")
+
+
+class _Signals:
+    """SIGINT and SIGTERM: the first interrupts what the main thread waits for, later ones end the server at once."""
+
+    def __init__(self, kill: Callable[[], None]) -> None:
+        self.stopping = False
+        self._kill = kill
+
+    def __enter__(self) -> _Signals:
+        self._before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, _number: int, _frame: FrameType | None) -> None:
+        if self.stopping:
+            self._kill()
+            return
+        self.stopping = True
+        raise KeyboardInterrupt
+
+
+def _announcement(server: TritonServer) -> str:
+    return (
+        f"serving {server.options.deployment}: "
+        f"gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}\n"
+        f"try: curl -s {server.http_url}/v2/models/{PUBLIC_MODEL}/generate -d '{_EXAMPLE}'"
+    )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _fail(text: str, code: int = 1) -> int:
+    sys.stderr.write(f"error: {text}\n")
+    return code
+
+
+def options_from(arguments: Sequence[str] | None = None) -> ServerOptions:
+    """The options that a command line asks for."""
+    parsed = _parser().parse_args(arguments)
+    return ServerOptions(
+        deployment=parsed.deployment,
+        model_repository=parsed.model_repository,
+        host=parsed.host,
+        http_port=parsed.http_port,
+        grpc_port=parsed.grpc_port,
+        metrics_port=parsed.metrics_port,
+        cache=parsed.cache,
+        log_file=parsed.log_file,
+        echo="everything" if parsed.verbose else "warnings",
+        start_timeout=parsed.start_timeout,
+        exit_timeout=parsed.exit_timeout,
+        triton_arguments=tuple(parsed.triton_argument),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m diffuserve.server",
+        description="Serve a deployment with Triton, in the foreground, until Ctrl-C or SIGTERM.",
+        epilog="The tritonserver is the one that TRITONSERVER names, else an installed one, "
+        "else one that is fetched into the cache.",
+    )
+    add = parser.add_argument
+    add("--deployment", type=Path, required=True, help="the folder that `make export` wrote")
+    add("--model-repository", type=Path, help="the public model's folder (default: model_repository)")
+    add("--host", default="127.0.0.1", help="the address to bind; 0.0.0.0 is every one (default: %(default)s)")
+    add("--http-port", type=int, default=8000, help="0 picks a free one, as for the others (default: %(default)s)")
+    add("--grpc-port", type=int, default=8001, help="(default: %(default)s)")
+    add("--metrics-port", type=int, default=8002, help="(default: %(default)s)")
+    add("--cache", type=Path, help="where Triton is unpacked (default: $DIFFUSERVE_CACHE, else build/cache)")
+    add("--log-file", type=Path, help="Triton's log (default: logs/triton-<http port>.log in the cache)")
+    add("--verbose", action="store_true", help="all of Triton's log on standard error, not only warnings and errors")
+    add("--start-timeout", type=float, default=600.0, help="seconds to load every model (default: %(default)g)")
+    add("--exit-timeout", type=int, default=10, help="seconds for requests in flight at the end (default: %(default)s)")
+    add("--triton-argument", action="append", default=[], help="passed to tritonserver as it is; may be repeated")
+    return parser
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""From options to the one command that is run: pure but for the checks that it calls."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffuserve.server.checks import Ports, address_of, check_model_repository, claim_ports, component_models
+from diffuserve.server.embedded import Triton, find_triton
+from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
+
+__all__ = ["Launch", "command_line", "prepare", "server_environment"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A checked start: what to run, and what to expect of it."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+    server_id: str
+    """What this very process answers at /v2, so that another server on the port is not taken for it."""
+    shm_prefix: str
+    """The names of its regions in /dev/shm begin with this."""
+    models: tuple[str, ...]
+    address: str
+    ports: Ports
+    log_file: Path
+
+
+def prepare(options: ServerOptions, environment: Mapping[str, str] | None = None) -> Launch:
+    """Run every check, fetch the embedded server where it is needed, and compose the command."""
+    inherited = os.environ if environment is None else environment
+    deployment = options.deployment.absolute()
+    components = component_models(options.deployment)
+    check_model_repository(options.repository_folder(), components)
+    address = address_of(options.host)
+    ports = claim_ports(address, options)
+    triton = find_triton(options.cache_folder(), inherited)
+    server_id = f"diffuserve-{os.getpid()}-{secrets.token_hex(4)}"
+    models = (*components, PUBLIC_MODEL)
+    return Launch(
+        arguments=command_line(triton, options, address, ports, models, server_id),
+        environment=server_environment(triton, options, deployment, inherited),
+        server_id=server_id,
+        shm_prefix=f"{server_id}-",
+        models=models,
+        address=address,
+        ports=ports,
+        log_file=(options.log_file or options.cache_folder() / "logs" / f"triton-{ports.http}.log").absolute(),
+    )
+
+
+def command_line(
+    triton: Triton, options: ServerOptions, address: str, ports: Ports, models: tuple[str, ...], server_id: str
+) -> tuple[str, ...]:
+    """The arguments of tritonserver."""
+    arguments = [
+        str(triton.binary),
+        f"--id={server_id}",
+        f"--model-repository={options.deployment.absolute() / 'models'}",
+        f"--model-repository={options.repository_folder()}",
+        "--model-control-mode=explicit",
+        *(f"--load-model={name}" for name in models),
+        # The exported configurations are complete; without this each Python model is started twice.
+        "--disable-auto-complete-config",
+        # Stay up when a model fails, so that the repository index can say which and why.
+        "--exit-on-error=false",
+        f"--exit-timeout-secs={options.exit_timeout}",
+        f"--backend-config=python,shm-region-prefix-name={server_id}-",
+        f"--backend-config=python,shm-default-byte-size={options.shm_bytes}",
+    ]
+    for name, port in ports._asdict().items():
+        arguments += [f"--{name}-address={address}", f"--{name}-port={port}"]
+    if triton.backends:
+        arguments.append(f"--backend-directory={triton.backends}")
+    if triton.embedded:  # it has no backend that could use a GPU
+        arguments += ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]
+    return (*arguments, *options.triton_arguments)
+
+
+def server_environment(
+    triton: Triton, options: ServerOptions, deployment: Path, inherited: Mapping[str, str]
+) -> dict[str, str]:
+    """The environment of tritonserver, in which its Python stubs find this interpreter's packages."""
+    environment = dict(inherited)
+    scripts = str(Path(sys.executable).parent)
+    environment["PATH"] = os.pathsep.join((scripts, inherited.get("PATH", os.defpath)))
+    if triton.library_folder:
+        folders = (str(triton.library_folder), inherited.get("LD_LIBRARY_PATH", ""))
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+    environment["DIFFUSERVE_DEPLOYMENT"] = str(deployment)
+    environment.update(options.environment)
+    return environment

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from unit.client.fake_triton import FakeTriton, Script, answer
+
+from diffuserve_client import Client, Timeout
+
+Serve = Callable[[Script], FakeTriton]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    with ExitStack() as stack:
+
+        def start(script: Script = answer) -> FakeTriton:
+            fake = FakeTriton(script)
+            stack.callback(fake.stop)
+            return fake
+
+        yield start
+
+
+@pytest.fixture
+def fake(serve: Serve) -> FakeTriton:
+    """A server that does what is asked; a test may give it another script."""
+    return serve(answer)
+
+
+@pytest.fixture
+def client(fake: FakeTriton) -> Iterator[Client]:
+    # Far above what any test takes, below the tests' own limit, so that a hang is told as what it is.
+    with Client(fake.url, timeout=Timeout(total=60, connect=30)) as client:
+        yield client

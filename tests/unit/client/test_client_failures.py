@@ -1,0 +1,292 @@
+"""What a client does with a server that fails, hangs or is not there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from unit.client.fake_triton import FakeTriton, answer, failure, image, progress, response, silence
+
+import diffuserve_client
+from diffuserve_client import (
+    CancelledError,
+    Client,
+    ComponentFailedError,
+    ConnectionFailedError,
+    DeadlineError,
+    DiffuserveError,
+    DrainingError,
+    Event,
+    GenerateRequest,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    QueueFullError,
+    Timeout,
+    UnavailableError,
+    UnsupportedError,
+    _exchange,
+)
+
+
+def script_of(*responses: Any) -> Any:
+    def script(_: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        yield from responses
+
+    return script
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        InvalidArgumentError,
+        NotFoundError,
+        UnsupportedError,
+        QueueFullError,
+        DeadlineError,
+        DrainingError,
+        CancelledError,
+        ComponentFailedError,
+        InternalError,
+    ],
+)
+def test_the_servers_errors_keep_their_type_and_detail(
+    client: Client, fake: FakeTriton, kind: type[DiffuserveError]
+) -> None:
+    fake.script = script_of(failure(kind("it is so; do this", input="steps", value=0)))
+    with pytest.raises(kind) as caught:
+        client.generate("a")
+    assert type(caught.value) is kind
+    assert caught.value.message == "it is so; do this"
+    assert caught.value.detail == {"input": "steps", "value": 0}
+
+
+def test_an_error_after_some_images_is_raised(client: Client, fake: FakeTriton) -> None:
+    fake.script = script_of(response(image(0)), failure(ComponentFailedError("the engine died")))
+    with pytest.raises(ComponentFailedError, match="the engine died"):
+        client.generate("a", num_images=2)
+
+
+def test_an_error_that_is_not_ours_keeps_its_text(client: Client, fake: FakeTriton) -> None:
+    fake.script = script_of(failure("unexpected inference input 'x' for model 'diffusion'"))
+    with pytest.raises(InternalError, match="^unexpected inference input 'x' for model 'diffusion'$"):
+        client.generate("a")
+
+
+def test_a_server_of_another_wire_version_is_named(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_exchange, "WIRE_VERSION", 99)
+    with pytest.raises(NotFoundError, match=r"does not have model 'diffusion' in version 99.*same release"):
+        client.generate("a")
+
+
+def test_a_model_that_is_not_ready_is_unavailable(client: Client, fake: FakeTriton) -> None:
+    fake.script = script_of(failure("Request for unknown model: 'diffusion' version 1 is not at ready state"))
+    with pytest.raises(UnavailableError, match="but it is not ready; wait for it to load"):
+        client.generate("a")
+
+
+@pytest.mark.parametrize(
+    ("responses", "message"),
+    [
+        ((), "ended the stream early, 0 of 2 images received"),
+        ((response(image(0)),), "ended the stream early, 1 of 2"),
+        ((response(image(0)), response(image(1))), "ended the stream early, 2 of 2"),
+        ((response(None, final=True),), "called the request done, 0 of 2"),
+        ((response(image(0), final=True),), "called the request done, 1 of 2"),
+        ((response(image(0)), response(image(0), final=True)), "sent an image 0 that was not to come"),
+        ((response(image(2), final=True),), "sent an image 2 that was not to come"),
+    ],
+)
+def test_a_request_is_done_only_with_all_images_and_the_final_response(
+    client: Client, fake: FakeTriton, responses: tuple[Any, ...], message: str
+) -> None:
+    fake.script = script_of(*responses)
+    with pytest.raises(InternalError, match=message):
+        client.generate("a", num_images=2)
+
+
+def test_bad_base64_is_an_error(client: Client, fake: FakeTriton) -> None:
+    fake.script = script_of(response(image(data=b"*"), final=True))
+    with pytest.raises(InternalError, match="image 0 is not base64"):
+        client.generate("a", image_encoding="base64")
+
+
+def test_a_response_without_its_tensors_is_an_error(client: Client, fake: FakeTriton) -> None:
+    short = response(image(), final=True)
+    del short.infer_response.outputs[-1]
+    fake.script = script_of(short)
+    with pytest.raises(InternalError, match="response cannot be read: KeyError"):
+        client.generate("a")
+
+
+def test_bad_values_never_reach_the_server(client: Client, fake: FakeTriton) -> None:
+    with pytest.raises(InvalidArgumentError, match="steps is 0"):
+        client.generate("a", steps=0)
+    with pytest.raises(InvalidArgumentError, match="width is 4294967296"):
+        client.generate("a", width=2**32)
+    assert fake.requests == []
+
+
+def test_the_deadline_ends_the_wait_and_the_servers_work(fake: FakeTriton) -> None:
+    fake.script = silence
+    started = time.monotonic()
+    with Client(fake.url, timeout=Timeout(total=0.5, connect=30)) as client:
+        with pytest.raises(DeadlineError, match=r"not done within 0\.5 s, 0 of 1 images"):
+            client.generate("a")
+        assert time.monotonic() - started < 10
+        assert fake.over.wait(10)
+
+
+def test_leaving_a_stream_cancels_it(client: Client, fake: FakeTriton) -> None:
+    def one_then_silence(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        yield response(progress(1, 20))
+        yield from silence(fake, request)
+
+    fake.script = one_then_silence
+    with closing(client.stream(GenerateRequest(prompt="a"))) as events:
+        assert next(events) == progress(1, 20)
+        assert not fake.over.is_set()
+    assert fake.over.wait(10)
+
+
+def test_an_error_in_on_progress_cancels(client: Client, fake: FakeTriton) -> None:
+    def one_then_silence(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        yield response(progress(1, 20))
+        yield from silence(fake, request)
+
+    def fail(_: Event) -> None:
+        raise LookupError("mine")
+
+    fake.script = one_then_silence
+    with pytest.raises(LookupError, match="mine"):
+        client.generate("a", on_progress=fail)
+    assert fake.over.wait(10)
+
+
+def test_ctrl_c_cancels(client: Client, fake: FakeTriton) -> None:
+    def interrupted(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from silence(fake, request)
+
+    fake.script = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        client.generate("a")
+    assert fake.over.wait(10)
+
+
+def test_closing_the_client_cancels_what_runs_in_other_threads(fake: FakeTriton) -> None:
+    begun = threading.Event()
+
+    def begin(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        begun.set()
+        yield from silence(fake, request)
+
+    fake.script = begin
+    client = Client(fake.url)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.generate, "a")
+        assert begun.wait(10)
+        client.close()
+        with pytest.raises(CancelledError, match="0 of 1 images received"):
+            waiting.result(10)
+    assert fake.over.wait(10)
+
+
+def test_a_server_that_is_not_there(client: Client, fake: FakeTriton) -> None:
+    client.generate("a")
+    port = fake.port
+    fake.stop()
+    for _ in range(2):
+        with pytest.raises(ConnectionFailedError, match=r"cannot reach a server at localhost:\d+ .*; start it") as caught:
+            client.generate("a")
+    assert caught.value.code == "connection_failed"
+    assert caught.value.detail == {"url": fake.url}
+    again = FakeTriton(answer, f"localhost:{port}")
+    try:
+        assert len(client.generate("a").images) == 1, "the client connects afresh"
+    finally:
+        again.stop()
+
+
+def test_a_name_that_does_not_resolve() -> None:
+    with Client("nowhere.invalid:8001", timeout=20) as client, pytest.raises(ConnectionFailedError, match="nowhere"):
+        client.generate("a")
+
+
+def test_something_that_accepts_and_says_nothing() -> None:
+    with socket.create_server(("localhost", 0)) as listener:
+        url = f"localhost:{listener.getsockname()[1]}"
+        with (
+            Client(url, timeout=Timeout(connect=0.3)) as client,
+            pytest.raises(ConnectionFailedError, match=r"no answer within 0\.3 s"),
+        ):
+            client.generate("a")
+        with Client(url, timeout=0.3) as client, pytest.raises(DeadlineError, match=r"not done within 0\.3 s"):
+            client.generate("a")
+
+
+def test_a_grpc_server_that_is_no_triton() -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("localhost:0")
+    server.start()
+    try:
+        with (
+            Client(f"localhost:{port}") as client,
+            pytest.raises(ConnectionFailedError, match="does not speak Triton's gRPC protocol"),
+        ):
+            client.generate("a")
+    finally:
+        server.stop(0).wait()
+
+
+def test_a_server_that_dies_mid_stream() -> None:
+    command = [sys.executable, str(Path(__file__).with_name("fake_triton.py"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = f"localhost:{int(process.stdout.readline())}"
+            with (
+                Client(url, timeout=60) as client,
+                pytest.raises(ConnectionFailedError, match=r"the connection to .* was lost, 0 of 1 images received"),
+            ):
+                client.generate("a", on_progress=lambda _: process.kill())
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, ConnectionFailedError),
+        (grpc.StatusCode.CANCELLED, CancelledError),
+        (grpc.StatusCode.INTERNAL, InternalError),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, InternalError),
+    ],
+)
+def test_a_streams_status_becomes_an_error(
+    client: Client, fake: FakeTriton, code: grpc.StatusCode, kind: type[DiffuserveError]
+) -> None:
+    exchange = _exchange.Exchange(GenerateRequest(prompt="a"), url=fake.url, timeout=Timeout())
+    error = exchange.failure(code, "what gRPC says")
+    assert type(error) is kind
+    assert "what gRPC says" in error.message
+    assert type(exchange.failure(code, None)) is kind
+
+
+def test_the_client_errors_are_in_the_shared_tree() -> None:
+    for name in diffuserve_client.__all__:
+        value = getattr(diffuserve_client, name)
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert issubclass(value, DiffuserveError)
