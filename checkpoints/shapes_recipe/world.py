@@ -149,16 +149,16 @@ def render(
     width: int,
     height: int,
     rng: np.random.Generator | None = None,
-    palette: tuple[tuple[int, int, int], tuple[int, int, int]] | None = None,
 ) -> npt.NDArray[np.float32]:
     """Draw a scene, [height, width, 3] in 0 to 1.
 
-    With `rng`, position, radius and colours vary as in the training set. `palette` replaces the scene's
-    colours (shape, background), which the autoencoder's training uses to see colours beyond the eight.
+    With `rng`, position, radius and colours vary as in the training set.
     """
-    shape_rgb, background_rgb = palette or (COLOURS[scene.colour], COLOURS[scene.background])
     radius, centre = RADII[scene.size], (0.0, 0.0)
-    foreground, background = np.array(shape_rgb, np.float32), np.array(background_rgb, np.float32)
+    foreground, background = (
+        np.array(COLOURS[scene.colour], np.float32),
+        np.array(COLOURS[scene.background], np.float32),
+    )
     if rng is not None:
         radius *= float(rng.uniform(0.94, 1.06))
         centre = (float(rng.uniform(-0.15, 0.15)), float(rng.uniform(-0.15, 0.15)))
