@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -10,7 +14,7 @@ import torch
 from diffuserve.errors import ComponentFailedError
 from diffuserve.manifest import Component
 
-__all__ = ["ComponentRunner", "InProcessRunner", "check_rows"]
+__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "check_rows"]
 
 
 class ComponentRunner(Protocol):
@@ -35,6 +39,30 @@ class InProcessRunner:
             return self._models[component.model](inputs)
         except Exception as error:
             raise ComponentFailedError(f"{component.model} failed: {error!r}", component=component.model) from error
+
+
+class CallLog:
+    """A runner that writes each call of another as a line of JSON: the model, its inputs' shapes, start and seconds.
+
+    Benches replay these calls on the bare engines.
+    """
+
+    def __init__(self, runner: ComponentRunner, path: Path) -> None:
+        self._runner, self._file = runner, path.open("w", encoding="utf-8", buffering=1)
+        self._lock = threading.Lock()
+
+    def run(self, component: Component, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        started = time.monotonic()
+        outputs = self._runner.run(component, inputs)
+        line = {
+            "model": component.model,
+            "shapes": {name: list(tensor.shape) for name, tensor in inputs.items()},
+            "started": started,
+            "seconds": time.monotonic() - started,
+        }
+        with self._lock:
+            self._file.write(json.dumps(line) + "\n")
+        return outputs
 
 
 def check_rows(component: Component, output: torch.Tensor, rows: int) -> torch.Tensor:

@@ -108,15 +108,16 @@ _BY_CODE: Final[dict[str, type[DiffuserveError]]] = {
         InternalError,
     )
 }
-_WIRE: Final = re.compile(r"\[(?P<code>[a-z_]+)\] (?P<message>.*?)(?: (?P<detail>\{\"detail\": .*\}))?", re.DOTALL)
+_WIRE: Final = re.compile(
+    rf"\[(?P<code>{'|'.join(_BY_CODE)})\] (?P<message>.*?)(?: (?P<detail>\{{\"detail\": .*\}}))?\Z", re.DOTALL
+)
 
 
 def from_wire(text: str) -> DiffuserveError | None:
     """The error that a server's text carries, or None where the text is not one of ours."""
-    # Triton puts words of its own before ours when an error passed through a child request.
-    start = text.find("[")
-    match = _WIRE.fullmatch(text[start:]) if start >= 0 else None
-    if match is None or match["code"] not in _BY_CODE:
+    # Triton puts words of its own before ours when an error passed through a child request, some in brackets.
+    match = _WIRE.search(text)
+    if match is None:
         return None
     try:
         detail = json.loads(match["detail"])["detail"] if match["detail"] else {}

@@ -48,6 +48,12 @@ def _check_range(name: str, value: float, low: float, high: float, remedy: str =
         )
 
 
+def _check_integer(name: str, value: object) -> None:
+    # The wire's arrays would cut 2.5 steps down to 2 and say nothing.
+    if not isinstance(value, int):
+        raise InvalidArgumentError(f"{name} is {value!r}, and must be a whole number", input=name, value=str(value))
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InvalidArgumentError(
@@ -59,7 +65,13 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_text(name: str, value: str, limit: int) -> None:
-    size = len(value.encode("utf-8", errors="surrogatepass"))
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        # A command line with bytes that are not UTF-8 gives these.
+        raise InvalidArgumentError(
+            f"{name} cannot be UTF-8 (character {error.start}: {error.reason}); correct its encoding", input=name
+        ) from error
     if size > limit:
         raise InvalidArgumentError(
             f"{name} has {size} bytes, and at most {limit} are taken; shorten it", input=name, value=size, maximum=limit
@@ -92,6 +104,11 @@ class GenerateRequest:
         _check_text("negative_prompt", self.negative_prompt, MAX_PROMPT_BYTES)
         for name in ("checkpoint", "sampler"):
             _check_text(name, getattr(self, name) or "", MAX_NAME_BYTES)
+        for name in ("steps", "num_images", "seed", "progress_every"):
+            _check_integer(name, getattr(self, name))
+        for name in ("width", "height"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name))
         _check_range("steps", self.steps, 1, 150)
         if self.guidance_scale is not None:
             _check_range("guidance_scale", self.guidance_scale, 0, 50)

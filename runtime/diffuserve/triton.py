@@ -17,25 +17,28 @@ import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
 from diffuserve import errors, wire
+from diffuserve.components import CallLog, ComponentRunner
 from diffuserve.manifest import Component, Deployment
 from diffuserve.request import Event
 from diffuserve.service import DiffusionService
 
-__all__ = ["DEPLOYMENT_VARIABLE", "DiffusionModel"]
+__all__ = ["CALL_LOG_VARIABLE", "DEPLOYMENT_VARIABLE", "DiffusionModel"]
 
 DEPLOYMENT_VARIABLE: Final = "DIFFUSERVE_DEPLOYMENT"
+CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each component call to, for benches
 
 _log: Final = logging.getLogger(__name__)
 
+# Names and not values: Triton puts its classes into pb_utils only after it has imported the model.
 _STATUS: Final = {
-    "invalid_argument": pb_utils.TritonError.INVALID_ARG,
-    "not_found": pb_utils.TritonError.NOT_FOUND,
-    "unsupported": pb_utils.TritonError.UNSUPPORTED,
-    "cancelled": pb_utils.TritonError.CANCELLED,
-    "unavailable": pb_utils.TritonError.UNAVAILABLE,
-    "queue_full": pb_utils.TritonError.UNAVAILABLE,
-    "deadline": pb_utils.TritonError.UNAVAILABLE,
-    "draining": pb_utils.TritonError.UNAVAILABLE,
+    "invalid_argument": "INVALID_ARG",
+    "not_found": "NOT_FOUND",
+    "unsupported": "UNSUPPORTED",
+    "cancelled": "CANCELLED",
+    "unavailable": "UNAVAILABLE",
+    "queue_full": "UNAVAILABLE",
+    "deadline": "UNAVAILABLE",
+    "draining": "UNAVAILABLE",
 }
 
 
@@ -72,7 +75,7 @@ class TritonReply:
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
     def fail(self, error: errors.DiffuserveError) -> None:
-        status = _STATUS.get(error.code, pb_utils.TritonError.INTERNAL)
+        status = getattr(pb_utils.TritonError, _STATUS.get(error.code, "INTERNAL"))
         response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), status))
         self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -92,7 +95,10 @@ class DiffusionModel:
             )
         # The engines have the cores, or the GPU; the loop's own arithmetic is a few numbers a row.
         torch.set_num_threads(1)
-        self._service = DiffusionService(Deployment.load(Path(root)), BlsRunner())
+        runner: ComponentRunner = BlsRunner()
+        if log := os.environ.get(CALL_LOG_VARIABLE):
+            runner = CallLog(runner, Path(log))
+        self._service = DiffusionService(Deployment.load(Path(root)), runner)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:

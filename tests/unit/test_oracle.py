@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,11 +46,18 @@ def worn(drawing: Drawing, rng: np.random.Generator) -> Picture:
     return as_picture(blurred(drawing) + rng.normal(0, 8 / 255, drawing.shape).astype(np.float32))
 
 
+def blend(share: Drawing, foreground: npt.NDArray[Any], background: npt.NDArray[Any]) -> Drawing:
+    """Any share of shape per pixel, in two colours of 0 to 255."""
+    drawing = share[..., None] * foreground + (1 - share[..., None]) * background
+    return np.asarray(drawing / 255, np.float32)
+
+
 def painted(share: Drawing, scene: Scene) -> Drawing:
-    """A picture in the scene's colours of any share of shape per pixel."""
-    foreground, background = (np.array(COLOURS[name], np.float32) / 255 for name in (scene.colour, scene.background))
-    drawing: Drawing = share[..., None] * foreground + (1 - share[..., None]) * background
-    return drawing
+    return blend(share, np.array(COLOURS[scene.colour]), np.array(COLOURS[scene.background]))
+
+
+def shares_of(scene: Scene, size: int) -> Drawing:
+    return coverage(scene.shape, RADII[scene.size], (0.0, 0.0), size, size)
 
 
 def variants(scene: Scene) -> list[Scene]:
@@ -87,12 +95,8 @@ def test_accepts_every_size_colour_shape_and_background_at_least_once_worn() -> 
 def test_accepts_colours_that_are_off_by_thirty() -> None:
     rng = np.random.default_rng(4)
     for scene in some_scenes(40, seed=4):
-        near = [
-            tuple(int(c) for c in np.array(COLOURS[name]) + rng.choice([-30, 30], 3))
-            for name in (scene.colour, scene.background)
-        ]
-        shape_rgb, background_rgb = ((rgb[0], rgb[1], rgb[2]) for rgb in near)
-        verdict = judge(as_picture(render(scene, 64, 64, palette=(shape_rgb, background_rgb))))
+        near = [np.array(COLOURS[name]) + rng.choice([-30, 30], 3) for name in (scene.colour, scene.background)]
+        verdict = judge(as_picture(blend(shares_of(scene, 64), *near)))
         assert verdict.matches(scene), (scene.caption, near, verdict)
 
 
@@ -141,13 +145,13 @@ def third_colour(scene: Scene, size: int) -> Drawing:
 
 
 def left_half(scene: Scene, size: int) -> Drawing:
-    share = coverage(scene.shape, RADII[scene.size], (0.0, 0.0), size, size)
+    share = shares_of(scene, size)
     share[:, size // 2 :] = 0
     return painted(share, scene)
 
 
 def quarter_missing(scene: Scene, size: int) -> Drawing:
-    share = coverage(scene.shape, RADII[scene.size], (0.0, 0.0), size, size)
+    share = shares_of(scene, size)
     share[size // 2 :, size // 2 :] = 0
     return painted(share, scene)
 
@@ -164,7 +168,7 @@ def split_background(scene: Scene, size: int) -> Drawing:
 
 
 def off_palette(scene: Scene, size: int) -> Drawing:
-    return render(scene, size, size, palette=((128, 128, 128), COLOURS[scene.background]))
+    return blend(shares_of(scene, size), np.array((128, 128, 128)), np.array(COLOURS[scene.background]))
 
 
 @pytest.mark.parametrize("size", [64, 96])

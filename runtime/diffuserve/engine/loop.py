@@ -67,7 +67,7 @@ class DenoiseLoop:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self._turn()
+                self._guarded(list(self._active.values()), self._turn)
         except BaseException as error:  # the thread must not end in silence: its clients would wait forever
             _log.exception("the denoising loop ended")
             self._stop(InternalError(f"the denoising loop ended: {error!r}"))

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from unit.client.fake_triton import FakeTriton, Script, answer
 
 from diffuserve_client import Client, Timeout
+from unit.client.fake_triton import FakeTriton, Script, answer
 
 Serve = Callable[[Script], FakeTriton]
 

@@ -1,6 +1,6 @@
 """A gRPC server that speaks Triton's protocol and diffuserve's wire, and answers by a script.
 
-`python fake_triton.py` runs one of its own process that sends a progress event and then nothing, for tests that kill it.
+`python fake_triton.py` runs one alone, which sends a progress event and then nothing, for tests that kill it.
 """
 
 from __future__ import annotations

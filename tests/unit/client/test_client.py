@@ -11,9 +11,9 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from unit.client.fake_triton import FakeTriton, image, picture, progress, response
 
 from diffuserve_client import Client, Event, GenerateRequest, InvalidArgumentError, Timeout
+from unit.client.fake_triton import FakeTriton, image, picture, progress, response
 
 
 def test_one_image(client: Client, fake: FakeTriton) -> None:
@@ -93,9 +93,7 @@ def test_stream_yields_typed_events(client: Client) -> None:
 
 
 @pytest.mark.parametrize("image_encoding", ["binary", "base64"])
-def test_data_is_the_encoded_picture_whatever_carried_it(
-    client: Client, fake: FakeTriton, image_encoding: str
-) -> None:
+def test_data_is_the_encoded_picture_whatever_carried_it(client: Client, fake: FakeTriton, image_encoding: str) -> None:
     raw = picture("blue")
 
     def encoded(_: FakeTriton, request: GenerateRequest) -> Iterator[Any]:

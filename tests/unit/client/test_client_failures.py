@@ -17,7 +17,6 @@ from typing import Any
 
 import grpc
 import pytest
-from unit.client.fake_triton import FakeTriton, answer, failure, image, progress, response, silence
 
 import diffuserve_client
 from diffuserve_client import (
@@ -39,6 +38,7 @@ from diffuserve_client import (
     UnsupportedError,
     _exchange,
 )
+from unit.client.fake_triton import FakeTriton, answer, failure, image, progress, response, silence
 
 
 def script_of(*responses: Any) -> Any:
@@ -81,7 +81,7 @@ def test_an_error_after_some_images_is_raised(client: Client, fake: FakeTriton) 
 
 def test_an_error_that_is_not_ours_keeps_its_text(client: Client, fake: FakeTriton) -> None:
     fake.script = script_of(failure("unexpected inference input 'x' for model 'diffusion'"))
-    with pytest.raises(InternalError, match="^unexpected inference input 'x' for model 'diffusion'$"):
+    with pytest.raises(InternalError, match=r"^unexpected inference input 'x' for model 'diffusion'$"):
         client.generate("a")
 
 
@@ -209,7 +209,9 @@ def test_a_server_that_is_not_there(client: Client, fake: FakeTriton) -> None:
     port = fake.port
     fake.stop()
     for _ in range(2):
-        with pytest.raises(ConnectionFailedError, match=r"cannot reach a server at localhost:\d+ .*; start it") as caught:
+        with pytest.raises(
+            ConnectionFailedError, match=r"cannot reach a server at localhost:\d+ .*; start it"
+        ) as caught:
             client.generate("a")
     assert caught.value.code == "connection_failed"
     assert caught.value.detail == {"url": fake.url}

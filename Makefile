@@ -1,0 +1,65 @@
+# diffuserve: two commands on a fresh machine are `make demo` and `make test`.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# The first of these that exists makes the virtual environment; PYTHON3=... chooses another.
+PYTHON3 ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(shell command -v $(name) 2>/dev/null)))
+INSTALLED := $(VENV)/.installed
+
+PROMPT ?= a large red circle on a blue background
+CHECKPOINT ?= checkpoints/shapes
+TARGET ?= onnxruntime-cpu
+PRECISION ?= fp32
+OUT ?= build/deployments/$(if $(NAME),$(NAME),$(notdir $(CHECKPOINT)))
+DEPLOYMENT ?= build/deployments/shapes
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+
+export PYTHONPATH := checkpoints
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format export serve bench-serving clean
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(INSTALLED) ## The virtual environment in .venv, with every extra
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON3)" || { echo "no python3 found: install Python 3.10, 3.11 or 3.12"; exit 2; }
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## Export the reference checkpoint, start Triton, make build/demo.png (PROMPT="...")
+	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes
+	$(PYTHON) bench/demo.py "$(PROMPT)"
+
+test: $(INSTALLED) ## All tests but the long ones, real Triton included
+	$(PYTHON) -m pytest
+
+check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+	$(PYTHON) -m diffuserve_export.public_model --check
+
+format: $(INSTALLED) ## Apply ruff's formatting and safe fixes
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+export: $(INSTALLED) ## CHECKPOINT=folder or hub id [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS OUT]
+	$(PYTHON) -m diffuserve_export --checkpoint "$(CHECKPOINT)" --target "$(TARGET)" --precision "$(PRECISION)" --out "$(OUT)" \
+		$(if $(NAME),--name "$(NAME)") $(if $(SIZES),--sizes "$(SIZES)") $(if $(MAX_ROWS),--max-rows "$(MAX_ROWS)")
+
+serve: $(INSTALLED) ## Serve DEPLOYMENT on loopback until Ctrl-C [HTTP_PORT GRPC_PORT METRICS_PORT]
+	@exec $(PYTHON) -m diffuserve.server --deployment "$(DEPLOYMENT)" \
+		--http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+
+bench-serving: $(INSTALLED) ## This service, diffusers behind a lock, and the bare engine, in one run
+	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes
+	$(PYTHON) bench/serving.py
+
+clean: ## Remove what was built; the virtual environment and caches stay
+	rm -rf build/deployments build/demo.png dist

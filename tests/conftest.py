@@ -1,0 +1,56 @@
+"""What tests of the whole way share: the exported reference checkpoint, and a real Triton that serves it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "checkpoints" / "shapes"
+
+
+@pytest.fixture(scope="session")
+def deployment() -> Path:
+    """The shapes deployment; made once, and again when the checkpoint or the export changes."""
+    from diffuserve_export import ExportOptions, export_checkpoint
+
+    out = ROOT / "build" / "deployments" / "shapes"
+    export_checkpoint(ExportOptions(checkpoint=str(CHECKPOINT), out=out))
+    return out
+
+
+@pytest.fixture(scope="session")
+def server(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real Triton on free ports of loopback, ready."""
+    from diffuserve.server import ServerOptions, TritonServer
+
+    log = tmp_path_factory.mktemp("triton") / "triton.log"
+    options = ServerOptions(deployment=deployment, http_port=0, grpc_port=0, metrics_port=0, log_file=log)
+    with TritonServer(options) as running:
+        running.wait_ready()
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Any) -> Iterator[Any]:
+    from diffuserve_client import Client
+
+    with Client(server.grpc_url) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> Any:
+    """diffusers' own pipeline on the same checkpoint, float32."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

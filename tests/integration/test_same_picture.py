@@ -1,0 +1,74 @@
+"""The service's pictures against diffusers' own pipeline on the same checkpoint and seed."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from diffuserve_client import Client
+from shapes_recipe.world import Scene
+
+PROMPT = Scene("large", "red", "circle", "blue").caption
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+}
+SIZES = ((64, 64), (96, 96))
+SEEDS = (0, 1234, 2**53 + 1)
+
+
+@pytest.mark.parametrize("steps", [4, 20, 50])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_no_pixel_differs_by_more_than_two_levels(client: Client, pipeline: Any, sampler: str, steps: int) -> None:
+    class_name, options = SCHEDULERS[sampler]
+    own = pipeline.scheduler
+    scheduler = getattr(diffusers, class_name).from_config(own.config, **options)
+    cases = list(itertools.product(SIZES, (1.0, 7.5), SEEDS))
+
+    def ours(case: tuple[tuple[int, int], float, int]) -> Any:
+        (width, height), guidance, seed = case
+        result = client.generate(
+            PROMPT, width=width, height=height, steps=steps, sampler=sampler, guidance_scale=guidance, seed=seed
+        )
+        return np.asarray(result.image).astype(int)
+
+    with ThreadPoolExecutor(len(cases)) as pool:
+        served = dict(zip(cases, pool.map(ours, cases), strict=True))
+
+    for size, guidance in itertools.product(SIZES, (1.0, 7.5)):
+        expected = diffusers.StableDiffusionPipeline(
+            **{**pipeline.components, "scheduler": scheduler}, requires_safety_checker=False
+        )
+        expected.set_progress_bar_config(disable=True)
+        images = expected(
+            [PROMPT] * len(SEEDS),
+            width=size[0],
+            height=size[1],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        ).images
+        for seed, image in zip(SEEDS, images, strict=True):
+            difference = np.abs(served[size, guidance, seed] - np.asarray(image).astype(int)).max()
+            assert difference <= 2, f"{sampler} {steps} steps {size} guidance {guidance} seed {seed}: {difference}/255"
+
+
+def test_a_negative_prompt_is_diffusers_negative_prompt(client: Client, pipeline: Any) -> None:
+    negative = Scene("small", "green", "ring", "white").caption
+    served = client.generate(PROMPT, negative_prompt=negative, steps=8, guidance_scale=4.0, seed=5).image
+    (expected,) = pipeline(
+        PROMPT,
+        negative_prompt=negative,
+        num_inference_steps=8,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(5),
+    ).images
+    assert np.abs(np.asarray(served).astype(int) - np.asarray(expected).astype(int)).max() <= 2

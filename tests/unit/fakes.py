@@ -1,0 +1,122 @@
+"""A deployment with no weights: the real service over component functions whose answers can be computed by hand."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffuserve.components import InProcessRunner
+from diffuserve.errors import DiffuserveError
+from diffuserve.manifest import Component, Deployment, Manifest, Range
+from diffuserve.request import Event
+
+TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "shapes" / "tokenizer" / "tokenizer.json"
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+Model = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def component(name: str) -> Component:
+    return Component(model=name, inputs=(), outputs=(), sha256="0" * 64, bytes=0)
+
+
+def write_deployment(root: Path, *names: str, max_rows: int = 64) -> Deployment:
+    deployment = Deployment(root, names)
+    for name in names:
+        manifest = Manifest(
+            name=name,
+            family="sd15",
+            target="fake",
+            precision="fp32",
+            source="nowhere",
+            key="0",
+            size=Range(32, 64, 192, 16),
+            rows=Range(1, 4, max_rows),
+            latent_channels=4,
+            latent_scale=8,
+            guidance_scale=7.5,
+            token_limit=77,
+            scheduler=SCHEDULER,
+            components={one: component(one) for one in ("text_encoder", "unet", "vae_decoder", "vae_encoder")},
+        )
+        deployment.folder(name).mkdir(parents=True)
+        (deployment.folder(name) / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+        shutil.copy(TOKENIZER, deployment.folder(name) / "tokenizer.json")
+    (root / Deployment.FILE).write_text(deployment.to_json(), encoding="utf-8")
+    return Deployment.load(root)
+
+
+class FakeModels:
+    """Component models as functions. `rows` lists the UNet's rows call by call; `before_unet` may block or raise."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+        self.timesteps: list[list[float]] = []
+        self.before_unet: Callable[[int], None] = lambda call: None
+        self.before_decode: Callable[[], None] = lambda: None
+
+    def runner(self) -> InProcessRunner:
+        return InProcessRunner({"text_encoder": self.text, "unet": self.unet, "vae_decoder": self.decode})
+
+    @staticmethod
+    def text(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"hidden_states": inputs["input_ids"].float()[:, :, None] / 49408}
+
+    def unet(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.rows.append(len(inputs["sample"]))
+        self.timesteps.append([float(t) for t in inputs["timestep"]])
+        self.before_unet(len(self.rows))
+        told = inputs["encoder_hidden_states"].mean(dim=(1, 2)) + inputs["timestep"] / 1000
+        return {"model_output": inputs["sample"] * 0.1 + told[:, None, None, None]}
+
+    def decode(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        self.before_decode()
+        pixels = inputs["latents"][:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
+        return {"pixels": pixels.tanh()}
+
+
+class Recorder:
+    """A Reply that keeps what it is given, and can be waited for."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.finals = 0
+        self.error: DiffuserveError | None = None
+        self.ended = threading.Event()
+        self.cancelled = False
+        self.on_event: Callable[[Event], None] = lambda event: None
+
+    def send(self, event: Event, *, final: bool) -> None:
+        assert not self.ended.is_set(), "an event after the end"
+        self.events.append(event)
+        self.on_event(event)
+        if final:
+            self.finals += 1
+            self.ended.set()
+
+    def fail(self, error: DiffuserveError) -> None:
+        assert not self.ended.is_set(), "an error after the end"
+        self.error = error
+        self.finals += 1
+        self.ended.set()
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+    def wait(self) -> Any:
+        assert self.ended.wait(20), "the request never ended"
+        return self
