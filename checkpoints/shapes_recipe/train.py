@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -149,7 +148,7 @@ class Trainer:
         state["step"] = self.step
         temporary = self.state_path.with_suffix(".tmp")
         torch.save(state, temporary)
-        os.replace(temporary, self.state_path)
+        temporary.replace(self.state_path)
 
 
 def pictures(rng: np.random.Generator, count: int, size: int) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
@@ -256,9 +255,9 @@ def train_text_and_unet(vae: AutoencoderKL, tokenizer: Any, work: Path) -> TextA
 
 def assemble(vae: AutoencoderKL, model: TextAndUNet, tokenizer: Any, out: Path) -> None:
     """Write the plain diffusers folder, weights in fp16."""
-    scheduler = PNDMScheduler(
-        **SCHEDULER, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, clip_sample=False
-    )
+    # As a config and not as arguments: PNDM knows no clip_sample, but its file carries it to the samplers that do.
+    own = {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+    scheduler = PNDMScheduler.from_config({**SCHEDULER, **own})
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=model.text_encoder,

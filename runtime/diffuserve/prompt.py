@@ -20,21 +20,21 @@ class Prompt:
 
 
 class PromptTokenizer:
-    """Reads a prompt as diffusers does: cut to the text encoder's length, padded with the end token."""
+    """Reads a prompt as diffusers does: cut to the text encoder's length, padded as the tokenizer's file says."""
 
     def __init__(self, path: Path, token_limit: int) -> None:
         self._tokenizer = Tokenizer.from_file(str(path))
         self._limit = token_limit
+        padding = self._tokenizer.padding
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        start_and_end = self._tokenizer.encode("").ids
-        self._end = start_and_end[-1]
+        self._end = self._tokenizer.encode("").ids[-1]
+        self._padding = padding["pad_id"] if padding else self._end
 
     def __call__(self, prompt: str) -> Prompt:
         ids = self._tokenizer.encode(prompt).ids
         cut = max(0, len(ids) - self._limit)
         if cut:
             ids = [*ids[: self._limit - 1], self._end]
-        # CLIP's padding token is its end token in SD1.x; families that pad otherwise carry it in their tokenizer.
-        ids += [self._end] * (self._limit - len(ids))
+        ids += [self._padding] * (self._limit - len(ids))
         return Prompt(torch.tensor([ids], dtype=torch.int32), cut)

@@ -16,7 +16,7 @@ from diffuserve_client import Client, ComponentFailedError, DiffuserveError, Int
 ROOT = Path(__file__).parents[2]
 
 # A UNet that fails, or answers with too few rows, for a request that says so by its size.
-UNET = '''
+UNET = """
 import triton_python_backend_utils as pb_utils
 from diffuserve.onnx_component import OnnxComponentModel
 
@@ -32,9 +32,9 @@ class TritonPythonModel(OnnxComponentModel):
         if sample.shape[2] == 10 and midway:
             return [pb_utils.InferenceResponse([pb_utils.Tensor("model_output", sample[:1])])]
         return super().execute(requests)
-'''
+"""
 # The public model with a bug: deciding what to step next raises once, at the tenth decision.
-DIFFUSION = '''
+DIFFUSION = """
 from diffuserve.engine import StepPolicy
 from diffuserve.triton import DiffusionModel as TritonPythonModel
 
@@ -49,7 +49,7 @@ def choose_with_a_bug(self, candidates):
 
 
 StepPolicy.choose = choose_with_a_bug
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from diffuserve_client import Client
 from shapes_recipe.world import Scene
 
 PROMPT = Scene("large", "red", "circle", "blue").caption
-SCHEDULERS = {
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),

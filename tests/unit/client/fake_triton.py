@@ -73,7 +73,7 @@ def silence(fake: FakeTriton, _: GenerateRequest) -> Iterator[Any]:
     yield from ()
 
 
-class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # gRPC comes untyped
     """`requests` is what came in; `over` is set when a request is over, on whichever side."""
 
     def __init__(self, script: Script = answer, address: str = "localhost:0") -> None:

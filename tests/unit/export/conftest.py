@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,7 +109,12 @@ def saved_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(saved_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The one export that really runs torch's exporter. Not to be written to."""
     out, report = tmp_path_factory.mktemp("exported") / "deployment", Recorder()
-    manifest = export_checkpoint(ExportOptions(checkpoint=str(saved_checkpoint), out=out), report)
+    # pytest listens to every logger, and torch's tracer writes down each guess about a shape where somebody listens.
+    logging.disable(logging.WARNING)
+    try:
+        manifest = export_checkpoint(ExportOptions(checkpoint=str(saved_checkpoint), out=out), report)
+    finally:
+        logging.disable(logging.NOTSET)
     return Exported(saved_checkpoint, out, manifest, report)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 from diffuserve_export import CheckpointError, ExportOptions, OptionError, export_checkpoint
-from diffuserve_export import export as export_module
 from diffuserve_export.checkpoint import open_checkpoint
 from diffuserve_export.command import app
 from diffuserve_export.hub import find_checkpoint
@@ -169,23 +168,21 @@ def test_shards_must_all_be_there(checkpoint: Path) -> None:
 
 def test_weights_that_do_not_fit_their_config(checkpoint: Path, tmp_path: Path) -> None:
     edit(checkpoint / "text_encoder" / "config.json", num_hidden_layers=2)
-    with pytest.raises(CheckpointError, match="the text_encoder of .* lacks weights"):
+    with pytest.raises(CheckpointError, match=r"the text_encoder of .* lacks weights"):
         export_checkpoint(ExportOptions(checkpoint=str(checkpoint), out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_too_little_disk(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "free")  # noqa: PYI024
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage(1_000_000))
-    result = CliRunner().invoke(app, ["--checkpoint", str(exported.checkpoint), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert re.search(r"has 0\.00 GB free, and the export needs 0\.\d\d GB", result.stderr)
+def test_too_little_disk(saved_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    line = refused("--checkpoint", str(saved_checkpoint), "--out", str(tmp_path / "out"))
+    assert re.search(r"has 0\.00 GB free, and the export needs 0\.\d\d GB", line)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_made(exported: Exported, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made(saved_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    line = refused("--checkpoint", str(exported.checkpoint), "--out", str(tmp_path / "file" / "out"))
+    line = refused("--checkpoint", str(saved_checkpoint), "--out", str(tmp_path / "file" / "out"))
     assert "cannot be written to" in line
 
 
@@ -209,4 +206,4 @@ def test_an_empty_checkpoint() -> None:
 def test_the_command_says_when_it_is_up_to_date(exported: Exported) -> None:
     result = CliRunner().invoke(app, ["--checkpoint", str(exported.checkpoint), "--out", str(exported.out)])
     assert result.exit_code == 0
-    assert result.stdout == f"tiny is up to date in {exported.out}\n\n" or "is up to date in" in result.stdout
+    assert f"tiny is up to date in {exported.out}" in result.stdout

@@ -25,8 +25,9 @@ from tritonclient.grpc import model_config_pb2
 
 from diffuserve.manifest import Deployment, Manifest, Range
 from diffuserve.spec import FAMILIES
-from diffuserve_export import ExportOptions, assembly, export_checkpoint
-from diffuserve_export.checkpoint import Checkpoint, Part
+from diffuserve_export import ExportOptions, OptionError, assembly, export_checkpoint
+from diffuserve_export.checkpoint import Checkpoint, Part, open_checkpoint
+from diffuserve_export.modules import module_of
 from diffuserve_export.ports import row_range, size_range
 from diffuserve_export.report import Report
 from diffuserve_export.workspace import SUMS_FILE, Workspace, locked_workspace
@@ -312,10 +313,8 @@ def test_a_kill_while_publishing_is_completed_by_the_next_run(
     assert replaces or manifest or "deployment.json" not in before
     with locked_workspace(tmp_path, Report()):
         after = tree(tmp_path)
-    if number == 0:  # it died before it was known to be complete
-        expected = b"old" if replaces else None
-    else:
-        expected = b"new"
+    before_ready = b"old" if replaces else None
+    expected = before_ready if number == 0 else b"new"
     assert after.get("checkpoints/x/manifest.json") == after.get("models/x_unet/model.onnx") == expected
     assert ("deployment.json" in after) == (expected is not None)
     assert leftovers(tmp_path) == []
@@ -370,17 +369,12 @@ def test_the_lock_is_the_kernels(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_deployment_is_an_error(exported: Exported, tmp_path: Path) -> None:
-    from diffuserve_export import OptionError
-
     (tmp_path / "deployment.json").write_text("{")
     with pytest.raises(OptionError, match=r"deployment.json cannot be read: .*; remove it"):
         export_checkpoint(options(exported.checkpoint, tmp_path))
 
 
 def test_weights_in_fp16_are_exported_in_float32(exported: Exported) -> None:
-    from diffuserve_export.checkpoint import open_checkpoint
-    from diffuserve_export.modules import module_of
-
     module = module_of(open_checkpoint(exported.checkpoint), "unet")
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 

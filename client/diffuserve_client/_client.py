@@ -1,0 +1,97 @@
+"""The synchronous client."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import TYPE_CHECKING, Final
+
+from diffuserve.errors import InvalidArgumentError
+from diffuserve.request import Event, GenerateRequest
+from diffuserve_client._parameters import GenerateParameters, request_from
+from diffuserve_client._results import GenerateResult, result_from
+from diffuserve_client._timeout import Timeout
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self, Unpack
+
+__all__ = ["DEFAULT_URL", "Client"]
+
+DEFAULT_URL: Final = "localhost:8001"
+_WEB_ADDRESS: Final = re.compile(r"(?:https?|grpcs?)://")
+
+
+class Client:
+    """A connection to one server, at host:port of its gRPC port.
+
+    Threads may share it: each request has a stream of its own. It is a context manager; `close` cancels what runs.
+
+    Raises InvalidArgumentError for an address or timeout that cannot be meant.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, *, timeout: Timeout | float | None = None) -> None:
+        """`timeout`: a Timeout, or the seconds that a request may take in all."""
+        if not url or _WEB_ADDRESS.match(url):
+            raise InvalidArgumentError(
+                f"the address is {url!r}, and must be host:port of the server's gRPC port, such as {DEFAULT_URL}",
+                input="url",
+                value=url,
+            )
+        # gRPC takes most of a second to import; whoever only reads types or --help should not wait for it.
+        from diffuserve_client._connection import Connection
+
+        self.url: Final = url
+        self.timeout: Final = Timeout() if timeout is None else Timeout.of(timeout)
+        self._connection = Connection(url, self.timeout)
+
+    def generate(
+        self,
+        prompt: str | GenerateRequest,
+        *,
+        on_progress: Callable[[Event], None] | None = None,
+        **parameters: Unpack[GenerateParameters],
+    ) -> GenerateResult:
+        """Make a request's pictures and wait for them.
+
+        The request is a prompt and GenerateRequest's other fields as keywords, or a GenerateRequest alone.
+        `on_progress` is called in this thread with each progress event: of every step, unless `progress_every` says
+        otherwise. Where it raises, and on Ctrl-C, the request is cancelled on the server.
+
+        Raises DiffuserveError; among them ConnectionFailedError, DeadlineError, InvalidArgumentError.
+        """
+        request = request_from(prompt, parameters, wants_progress=on_progress is not None)
+        images = []
+        with closing(self.stream(request)) as events:
+            for event in events:
+                if event.kind == "image":
+                    images.append(event)
+                elif on_progress is not None and event.kind == "progress":
+                    on_progress(event)
+        return result_from(request, images)
+
+    def stream(self, request: GenerateRequest) -> Generator[Event, None, None]:
+        """Every event of a request as it comes; an image's `data` is the encoded picture.
+
+        The request is sent when the first event is asked for. Closing the iterator cancels it on the server; use
+        `contextlib.closing` around a loop that may be left early.
+
+        Raises what `generate` raises.
+        """
+        from diffuserve_client._exchange import Exchange
+
+        return self._connection.run(Exchange(request, url=self.url, timeout=self.timeout))
+
+    def close(self) -> None:
+        """Hang up. Requests that run in other threads raise CancelledError; later ones RuntimeError."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

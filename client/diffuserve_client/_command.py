@@ -1,0 +1,207 @@
+"""The `diffuserve` command.
+
+gRPC, numpy, Pillow and rich are imported only when a request is sent, so that --help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from diffuserve import __version__
+from diffuserve.errors import (
+    DiffuserveError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+    UnsupportedError,
+)
+from diffuserve.request import Event, GenerateRequest
+from diffuserve_client._client import DEFAULT_URL, Client
+from diffuserve_client._errors import ConnectionFailedError
+from diffuserve_client._files import FORMAT_OF_SUFFIX, check_writable, numbered, write_atomically
+from diffuserve_client._timeout import Timeout
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from diffuserve_client._results import GenerateResult
+
+__all__ = ["app", "exit_code"]
+
+EXIT_CODES_HELP: Final = (
+    "Exit codes: 0 done; 1 any other failure; 2 a bad value or usage, or something that the server does not have; "
+    "3 the server cannot be reached; 4 the deadline passed, or the server is busy or shutting down; 130 Ctrl-C."
+)
+_EXIT_CODES: Final[tuple[tuple[type[DiffuserveError], int], ...]] = (
+    (InvalidArgumentError, 2),
+    (NotFoundError, 2),
+    (UnsupportedError, 2),
+    (ConnectionFailedError, 3),
+    (UnavailableError, 4),
+)
+_EXIT_INTERRUPTED: Final = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make pictures from prompts on a diffuserve server.",
+    epilog=EXIT_CODES_HELP,
+)
+
+
+def exit_code(error: DiffuserveError) -> int:
+    """What the command exits with for an error."""
+    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"diffuserve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    # A command of its own for `generate` needs a callback beside it; its help is the Typer's.
+    pass
+
+
+@app.command(epilog=EXIT_CODES_HELP)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file; several images become NAME-0, NAME-1 and so on.")
+    ] = Path("out.png"),
+    url: Annotated[
+        str, typer.Option(envvar="DIFFUSERVE_URL", help="host:port of the server's gRPC port.")
+    ] = DEFAULT_URL,
+    checkpoint: Annotated[str | None, typer.Option(help="A deployed checkpoint.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Such as ddim, euler, dpmpp_2m.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Image i uses SEED + i; the server draws one otherwise.")] = None,
+    num_images: Annotated[int | None, typer.Option("--num-images", "-n", help="How many.")] = None,
+    image_format: Annotated[
+        str | None, typer.Option("--format", help="png, jpeg or webp; else what the file's suffix says.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that the request may take in all.")] = Timeout().total,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
+) -> None:
+    """Make a picture from a prompt. Prints each file with its seed and the seconds that the request took."""
+    given = {
+        "checkpoint": checkpoint,
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "sampler": sampler,
+        "seed": seed,
+        "num_images": num_images,
+    }
+    with _errors_as_exit_codes():
+        request = GenerateRequest(
+            prompt=prompt,
+            image_format=image_format or _format_of(output),
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
+        )
+        paths = numbered(output, request.num_images)
+        for path in paths:
+            check_writable(path)
+        result, seconds = _run(request, url, timeout)
+        _write(paths, result)
+        typer.echo(_as_json(result, paths, seconds) if as_json else _as_text(result, paths, seconds))
+
+
+def _format_of(output: Path) -> str:
+    image_format = FORMAT_OF_SUFFIX.get(output.suffix.lower())
+    if image_format is None:
+        raise InvalidArgumentError(
+            f"{output.name!r} does not end in {', '.join(FORMAT_OF_SUFFIX)}; let it, or give --format",
+            input="output",
+        )
+    return image_format
+
+
+def _run(request: GenerateRequest, url: str, timeout: float) -> tuple[GenerateResult, float]:
+    # gRPC's core writes lines of its own to stderr, where an error should be one line.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    with Client(url, timeout=timeout) as client, _progress_bar(request.prompt) as on_progress:
+        started = time.monotonic()
+        result = client.generate(request, on_progress=on_progress)
+        return result, time.monotonic() - started
+
+
+@contextmanager
+def _progress_bar(prompt: str) -> Iterator[Callable[[Event], None] | None]:
+    """A bar on stderr, gone when done; None, and no progress asked of the server, where nobody looks."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console: Console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    label = " ".join(prompt.split())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(escape(label if len(label) <= 40 else f"{label[:39]}…"), total=None)
+        yield lambda event: progress.update(task, completed=event.step, total=event.steps)
+
+
+def _write(paths: list[Path], result: GenerateResult) -> None:
+    for path, image in zip(paths, result.images, strict=True):
+        try:
+            write_atomically(path, image.data)
+        except OSError as error:
+            _complain(f"cannot write {path}: {error.strerror}; choose another place with --output")
+            raise typer.Exit(1) from error
+
+
+def _as_text(result: GenerateResult, paths: list[Path], seconds: float) -> str:
+    return "\n".join(
+        f"{path}  seed {image.seed}  {seconds:.2f} s" for path, image in zip(paths, result.images, strict=True)
+    )
+
+
+def _as_json(result: GenerateResult, paths: list[Path], seconds: float) -> str:
+    images: list[dict[str, Any]] = [
+        {"path": str(path), "index": image.index, "seed": image.seed, "info": dict(image.info)}
+        for path, image in zip(paths, result.images, strict=True)
+    ]
+    return json.dumps(
+        {"images": images, "seconds": round(seconds, 3), "request": result.request.parameters()}, ensure_ascii=False
+    )
+
+
+@contextmanager
+def _errors_as_exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except DiffuserveError as error:
+        _complain(error.message)
+        raise typer.Exit(exit_code(error)) from error
+    except KeyboardInterrupt as error:
+        _complain("interrupted; the request was cancelled")
+        raise typer.Exit(_EXIT_INTERRUPTED) from error
+
+
+def _complain(message: str) -> None:
+    typer.echo(f"diffuserve: {' '.join(message.split())}", err=True)

@@ -1,0 +1,178 @@
+"""One request's conversation with the server, without IO: messages in, messages out.
+
+The synchronous client drives it; it knows neither threads nor channels, so that an asynchronous one can as well.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import replace
+from typing import Any, Final
+
+import grpc
+from tritonclient.grpc import InferResult, service_pb2
+from tritonclient.utils import serialize_byte_tensor
+
+from diffuserve.errors import (
+    CancelledError,
+    DeadlineError,
+    DiffuserveError,
+    InternalError,
+    NotFoundError,
+    UnavailableError,
+    from_wire,
+)
+from diffuserve.request import Event, GenerateRequest
+from diffuserve.wire import INPUTS, MODEL_NAME, OUTPUTS, WIRE_VERSION, decode_event, encode_request
+from diffuserve_client._errors import ConnectionFailedError
+from diffuserve_client._timeout import Timeout
+
+__all__ = ["CHANNEL_OPTIONS", "Exchange", "connect_failure"]
+
+CHANNEL_OPTIONS: Final = (
+    # gRPC receives 4 MB by default, less than a large PNG.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # A server that is not told otherwise hangs up on clients that ping more often than every 5 minutes.
+    ("grpc.keepalive_time_ms", 360_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    # While a picture is made the client sends nothing; the default of 2 would end the pings after 12 minutes.
+    ("grpc.http2.max_pings_without_data", 0),
+    # Channels of one process share connections by default, and with them the wait after a failed attempt: a new
+    # channel would go on saying "connection refused" for a while after the server came back.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+_DATATYPES: Final = {spec.name: spec.datatype for spec in INPUTS}
+_UNKNOWN_MODEL: Final = "Request for unknown model"
+
+
+class Exchange:
+    """What to send, what the answers mean, and whether the request is done. `url` is for the error messages."""
+
+    def __init__(self, request: GenerateRequest, *, url: str, timeout: Timeout) -> None:
+        self.finished = False
+        self._request = request
+        self._url = url
+        self._timeout = timeout
+        self._images: set[int] = set()
+
+    def message(self) -> Any:
+        """The ModelInferRequest to send. Raises InvalidArgumentError for numbers that the wire cannot hold."""
+        message = service_pb2.ModelInferRequest(model_name=MODEL_NAME, model_version=str(WIRE_VERSION))
+        # Tells a finished request from a stream that merely ended.
+        message.parameters["triton_enable_empty_final_response"].bool_param = True
+        for name, array in encode_request(self._request).items():
+            is_bytes = _DATATYPES[name] == "BYTES"
+            message.inputs.add(name=name, datatype=_DATATYPES[name], shape=array.shape)
+            message.raw_input_contents.append(serialize_byte_tensor(array).item() if is_bytes else array.tobytes())
+        return message
+
+    def receive(self, response: Any) -> Event | None:
+        """Read one ModelStreamInferResponse; None where it only says that the request is done.
+
+        Raises the error that the server sent, or InternalError for an answer that does not fit the request.
+        """
+        if response.error_message:
+            raise self._server_error(response.error_message)
+        infer = response.infer_response
+        event = self._event(infer) if infer.outputs else None
+        if infer.parameters["triton_final_response"].bool_param:
+            self._finish()
+        return event
+
+    def ended(self) -> DiffuserveError:
+        """The error of a stream that ended before the final response."""
+        return InternalError(f"the server ended the stream early, {self._progress()}; its log may say why")
+
+    def failure(self, code: Any, details: str | None) -> DiffuserveError:
+        """The error that a stream's status means."""
+        details = details or code.name
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return _deadline(self._timeout, self._url, self._progress())
+        if code is grpc.StatusCode.UNAVAILABLE:
+            return ConnectionFailedError(
+                f"the connection to {self._url} was lost, {self._progress()} ({_cause(details)}); send it again when "
+                "the server is back",
+                url=self._url,
+            )
+        if code is grpc.StatusCode.CANCELLED:
+            return CancelledError(f"the request was cancelled, {self._progress()} ({details})")
+        return from_wire(details) or InternalError(details)
+
+    def _event(self, infer: Any) -> Event:
+        result = InferResult(infer)
+        tensors = {spec.name: result.as_numpy(spec.name) for spec in OUTPUTS}
+        event = decode_event({name: array for name, array in tensors.items() if array is not None})
+        if event.kind != "image":
+            return event
+        if event.index in self._images or not 0 <= event.index < self._request.num_images:
+            raise InternalError(f"the server sent an image {event.index} that was not to come, {self._progress()}")
+        self._images.add(event.index)
+        if self._request.image_encoding == "base64":
+            try:
+                return replace(event, data=base64.b64decode(event.data, validate=True))
+            except binascii.Error as error:
+                raise InternalError(f"the server's image {event.index} is not base64: {error}") from error
+        return event
+
+    def _finish(self) -> None:
+        if len(self._images) < self._request.num_images:
+            raise InternalError(f"the server called the request done, {self._progress()}; its log may say why")
+        self.finished = True
+
+    def _progress(self) -> str:
+        return f"{len(self._images)} of {self._request.num_images} images received"
+
+    def _server_error(self, text: str) -> DiffuserveError:
+        error = from_wire(text)
+        if error is not None:
+            return error
+        if not text.startswith(_UNKNOWN_MODEL):
+            return InternalError(text)
+        model = f"model {MODEL_NAME!r} in version {WIRE_VERSION}"
+        if text.endswith("is not found"):
+            return NotFoundError(
+                f"the server at {self._url} does not have {model}, which this client speaks; use a diffuserve server "
+                f"and a client of the same release (Triton: {text})",
+                url=self._url,
+            )
+        return UnavailableError(
+            f"the server at {self._url} has {model}, but it is not ready; wait for it to load, or see its log "
+            f"(Triton: {text})",
+            url=self._url,
+        )
+
+
+def connect_failure(code: Any, details: str | None, *, url: str, timeout: Timeout) -> DiffuserveError:
+    """The error of a server that did not answer the first call."""
+    if code is grpc.StatusCode.CANCELLED:
+        return CancelledError(f"the client was closed while it connected to {url}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        if timeout.total <= timeout.connect:
+            return _deadline(timeout, url, "none of it begun")
+        reason = f"no answer within {timeout.connect:g} s"
+    elif code is grpc.StatusCode.UNIMPLEMENTED:
+        reason = f"it does not speak Triton's gRPC protocol: {details}"
+    else:
+        reason = _cause(details or code.name)
+    return ConnectionFailedError(
+        f"cannot reach a server at {url} ({reason}); start it (make serve) or correct the address, which is host:port "
+        "of its gRPC port",
+        url=url,
+    )
+
+
+def _deadline(timeout: Timeout, url: str, progress: str) -> DeadlineError:
+    return DeadlineError(
+        f"the request to {url} was not done within {timeout.total:g} s, {progress}; allow a longer timeout, or ask "
+        "for fewer steps, images or pixels",
+        timeout=timeout.total,
+    )
+
+
+def _cause(details: str) -> str:
+    """gRPC's words without the list of what it tried."""
+    return " ".join(details.rpartition("last error: ")[2].split())

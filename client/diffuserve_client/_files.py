@@ -1,0 +1,51 @@
+"""Pictures to files."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Final
+
+from diffuserve.errors import InvalidArgumentError
+
+__all__ = ["FORMAT_OF_SUFFIX", "check_writable", "numbered", "write_atomically"]
+
+FORMAT_OF_SUFFIX: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """The files of `count` pictures: the path itself for one, else out-0.png, out-1.png, and so on."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(count)]
+
+
+def check_writable(path: Path) -> None:
+    """Refuse what could only fail after the pictures were made.
+
+    Raises InvalidArgumentError.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise InvalidArgumentError(f"the folder {folder} does not exist; create it first", input="output")
+    if path.is_dir():
+        raise InvalidArgumentError(f"{path} is a folder; name a file in it", input="output")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidArgumentError(f"the folder {folder} cannot be written to; choose another", input="output")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write through a file beside it, so that `path` never holds half a picture.
+
+    Raises OSError.
+    """
+    # Not tempfile: its files are readable by their owner alone, whatever the umask says.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,49 @@
+"""What `generate` takes, as keywords."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypedDict
+
+from diffuserve.request import GenerateRequest
+
+__all__ = ["GenerateParameters", "request_from"]
+
+
+class GenerateParameters(TypedDict, total=False):
+    """GenerateRequest's fields but the prompt, for type checkers; a test holds the two together."""
+
+    negative_prompt: str
+    checkpoint: str | None
+    width: int | None
+    height: int | None
+    steps: int
+    guidance_scale: float | None
+    sampler: str | None
+    seed: int
+    num_images: int
+    progress_every: int
+    image_format: str
+    image_encoding: str
+
+
+def request_from(
+    prompt: str | GenerateRequest, parameters: GenerateParameters, *, wants_progress: bool
+) -> GenerateRequest:
+    """The request that a call of `generate` means.
+
+    Raises InvalidArgumentError for bad values, TypeError for keywords that are none or that come beside a request.
+    """
+    if isinstance(prompt, GenerateRequest):
+        if parameters:
+            raise TypeError(
+                f"{', '.join(parameters)}: a GenerateRequest holds every parameter already; "
+                "use dataclasses.replace(request, ...)"
+            )
+        request = prompt
+    else:
+        request = GenerateRequest(prompt=prompt, **parameters)
+    if wants_progress and request.progress_every == 0:
+        # Without this the caller's function would be taken and never called.
+        request = replace(request, progress_every=1)
+    return request

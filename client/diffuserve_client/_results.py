@@ -1,0 +1,85 @@
+"""What `generate` returns."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffuserve.errors import InvalidArgumentError
+from diffuserve.request import Event, GenerateRequest
+from diffuserve_client._files import FORMAT_OF_SUFFIX, write_atomically
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+__all__ = ["GenerateResult", "GeneratedImage", "result_from"]
+
+
+@dataclass(frozen=True)
+class GeneratedImage:
+    """One picture as the server encoded it.
+
+    `data` is the encoded picture in `format` (png, jpeg, webp), also where base64 carried it here; `info` holds
+    what the server tells of it.
+    """
+
+    index: int
+    seed: int
+    format: str
+    data: bytes = field(repr=False)
+    info: Mapping[str, Any]
+
+    @cached_property
+    def image(self) -> PIL.Image.Image:
+        """The picture decoded, the first time it is asked for. Raises OSError where it cannot be."""
+        import PIL.Image
+
+        image = PIL.Image.open(io.BytesIO(self.data))
+        image.load()
+        return image
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the encoded picture as it came; the file is whole or not there.
+
+        Raises InvalidArgumentError where the name says another format, OSError where it cannot be written.
+        """
+        path = Path(path)
+        named = FORMAT_OF_SUFFIX.get(path.suffix.lower(), self.format)
+        if named != self.format:
+            raise InvalidArgumentError(
+                f"the picture is {self.format}, and {path.name} says {named}; ask for image_format={named!r}, or "
+                "convert it with .image.save",
+                input="path",
+                value=path.name,
+            )
+        write_atomically(path, self.data)
+        return path
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """Every picture of one request, in order, and the request as it was sent."""
+
+    request: GenerateRequest
+    images: tuple[GeneratedImage, ...]
+
+    @property
+    def image(self) -> PIL.Image.Image:
+        """The first picture, decoded."""
+        return self.images[0].image
+
+
+def result_from(request: GenerateRequest, events: Iterable[Event]) -> GenerateResult:
+    """The result that a request's image events make, in whatever order they came."""
+    images = (
+        GeneratedImage(
+            index=event.index, seed=event.seed, format=request.image_format, data=event.data, info=event.info
+        )
+        for event in events
+    )
+    return GenerateResult(request=request, images=tuple(sorted(images, key=lambda image: image.index)))

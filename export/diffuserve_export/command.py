@@ -1,0 +1,86 @@
+"""`python -m diffuserve_export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from diffuserve_export.errors import ExportError
+from diffuserve_export.export import export_checkpoint
+from diffuserve_export.options import DEFAULT_MAX_ROWS, TARGETS, ExportOptions
+from diffuserve_export.report import Report
+
+if TYPE_CHECKING:
+    from diffuserve_export.verify import Verified
+
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"max_content_width": 120})
+
+
+class ConsoleReport(Report):
+    """Progress while it works, and a table of the errors at the end."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self.console, self.progress = console, progress
+        self.task: Any = None
+        self.table = Table("component", "output", "shape", "relative error", title="graphs against torch")
+
+    def started(self, name: str, components: int) -> None:
+        self.task = self.progress.add_task(f"exporting {name}", total=components)
+
+    def stage(self, component: str, stage: str) -> None:
+        self.progress.update(self.task, description=f"{stage} {component}")
+
+    def verified(self, results: list[Verified]) -> None:
+        for one in results:
+            self.table.add_row(one.component, one.output, " x ".join(map(str, one.shape)), f"{one.error:.1e}")
+        self.progress.advance(self.task)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def main(
+    checkpoint: Annotated[str, typer.Option(help="a diffusers folder, or a hub id like owner/name")],
+    out: Annotated[Path, typer.Option(help="the deployment folder; what is there already stays")],
+    target: Annotated[str, typer.Option(help=f"where the graphs run: {', '.join(TARGETS)}")] = "onnxruntime-cpu",
+    name: Annotated[str, typer.Option(help="the checkpoint's name in the deployment [default: from checkpoint]")] = "",
+    precision: Annotated[str, typer.Option(help="of the weights and of what is computed")] = "fp32",
+    sizes: Annotated[str, typer.Option(help="min:opt:max in pixels [default: from the checkpoint]")] = "",
+    max_rows: Annotated[int, typer.Option(help="the most rows of one UNet call")] = DEFAULT_MAX_ROWS,
+) -> None:
+    """Export a Stable Diffusion checkpoint into a deployment folder that Triton serves."""
+    console, start = Console(stderr=False), monotonic()
+    try:
+        options = ExportOptions(
+            checkpoint=checkpoint,
+            out=out,
+            target=target,
+            name=name,
+            precision=precision,
+            sizes=sizes,
+            max_rows=max_rows,
+        )
+        report = _run(options, console)
+    except ExportError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+    if report.table.rows:
+        console.print(report.table)
+        console.print(f"{options.deployed_name} is in {out} after {monotonic() - start:.0f} s", soft_wrap=True)
+
+
+def _run(options: ExportOptions, console: Console) -> ConsoleReport:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        report = ConsoleReport(console, progress)
+        export_checkpoint(options, report)
+    return report

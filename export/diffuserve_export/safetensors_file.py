@@ -1,0 +1,32 @@
+"""Read a safetensors file's header: enough to know that the file is whole, without loading it."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+
+from diffuserve_export.errors import CheckpointError
+
+__all__ = ["parameters_in"]
+
+_LONGEST_HEADER = 100_000_000  # the format's own limit
+
+
+def parameters_in(file: Path) -> int:
+    """The number of parameters in `file`. Raises CheckpointError where it is truncated or no safetensors file."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(_LONGEST_HEADER, size - 8):
+                raise ValueError(f"its header claims {length} bytes, and the file has {size}")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if end != size:
+            raise ValueError(f"it should have {end} bytes, and has {size}")
+        return sum(math.prod(tensor["shape"]) for tensor in header.values())
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{file} is truncated or damaged: {error}; fetch it again") from error

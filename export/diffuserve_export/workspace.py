@@ -1,0 +1,155 @@
+"""The deployment folder while an export works on it: one writer at a time, and nothing half-written is ever taken.
+
+An export is made in `.export-*` inside the folder. When it is complete, a file `ready` says so, and it is moved into
+place: the old manifest out, models in, manifest in, `deployment.json` last. A run that dies before `ready` leaves a
+folder that the next run removes; one that dies after it leaves moves that the next run completes. A reader in
+between finds no manifest, never a manifest with another export's models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Final
+
+from diffuserve.manifest import Deployment, Manifest
+from diffuserve_export.digests import FileHashes, write_atomically
+from diffuserve_export.errors import ExportError, OptionError
+from diffuserve_export.report import Report
+
+__all__ = ["SUMS_FILE", "Workspace", "locked_workspace"]
+
+SUMS_FILE: Final = "SHA256SUMS"
+_STAGING: Final = ".export-"
+_LOCK: Final = ".lock"
+_HASHES: Final = ".hashes.json"
+_READY: Final = "ready"
+
+
+class Workspace:
+    """A locked deployment folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.hashes = FileHashes(root / _HASHES)
+
+    def current(self, name: str, key: str) -> Manifest | None:
+        """The manifest of `name` where it was made from `key` and every file is as it was written, else None."""
+        deployment = self._deployment()
+        if deployment is None or name not in deployment.checkpoints:
+            return None
+        try:
+            manifest = deployment.manifest(name)
+            intact = manifest.key == key and self._intact(deployment.folder(name) / SUMS_FILE)
+        except (OSError, ValueError):
+            return None
+        return manifest if intact else None
+
+    def _intact(self, sums: Path) -> bool:
+        lines = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
+        return bool(lines) and all(self.hashes.sha256(self.root / name) == digest for digest, name in lines)
+
+    def _deployment(self) -> Deployment | None:
+        try:
+            return Deployment.load(self.root)
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError) as error:
+            raise OptionError(
+                f"{self.root / Deployment.FILE} cannot be read: {error}; remove it or {self.root}"
+            ) from error
+
+    @contextlib.contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A folder to export into; gone afterwards, whatever happens, unless it was published."""
+        folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def seal(self, staging: Path, name: str) -> None:
+        """Write down the hash of every staged file, in the format of `sha256sum --check` run in the deployment."""
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        lines = [f"{self.hashes.sha256(path)}  {path.relative_to(staging).as_posix()}\n" for path in files]
+        (staging / "checkpoints" / name / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
+
+    def publish(self, staging: Path, name: str) -> None:
+        """Move a complete export into place. Can be repeated after it was interrupted."""
+        write_atomically(staging / _READY, name)
+        manifest, retired = staging / "checkpoints" / name, staging / "retired"
+        retired.mkdir(exist_ok=True)
+        if manifest.exists():
+            _retire(self.root / "checkpoints" / name, retired)
+        for folder in sorted((staging / "models").iterdir()):
+            _retire(self.root / "models" / folder.name, retired)
+            _move(folder, self.root / "models" / folder.name)
+        if manifest.exists():
+            _move(manifest, self.root / "checkpoints" / name)
+        deployment = self._deployment()
+        names = deployment.checkpoints if deployment else ()
+        if name not in names:
+            write_atomically(self.root / Deployment.FILE, Deployment(self.root, (*names, name)).to_json())
+
+    def recover(self, report: Report) -> None:
+        """Complete or remove what runs that were killed left behind."""
+        for folder in self.root.glob(f"{_STAGING}*"):
+            if (folder / _READY).is_file():
+                name = (folder / _READY).read_text(encoding="utf-8")
+                report.note(f"completing an export of {name} that was interrupted")
+                self.publish(folder, name)
+            else:
+                report.note("removing what an interrupted export left behind")
+            shutil.rmtree(folder)
+
+
+def _retire(folder: Path, retired: Path) -> None:
+    if folder.exists():
+        folder.rename(retired / f"{folder.parent.name}-{folder.name}")
+
+
+def _move(folder: Path, to: Path) -> None:
+    to.parent.mkdir(exist_ok=True)
+    folder.rename(to)
+
+
+@contextlib.contextmanager
+def locked_workspace(root: Path, report: Report) -> Iterator[Workspace]:
+    """Hold `root` for one export at a time, made where it is missing and removed again where nothing came of it."""
+    made = not root.exists()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        stream = _lock(root, report)
+    except OSError as error:
+        raise ExportError(f"{root} cannot be written to: {error.strerror or error}") from error
+    with stream:
+        workspace = Workspace(root)
+        try:
+            workspace.recover(report)
+            yield workspace
+            workspace.hashes.save()
+        finally:
+            if made and not (root / Deployment.FILE).exists():
+                shutil.rmtree(root, ignore_errors=True)
+
+
+def _lock(root: Path, report: Report) -> IO[str]:
+    """Wait until no other export holds `root`. Closing the stream lets go."""
+    while True:
+        root.mkdir(parents=True, exist_ok=True)
+        stream = (root / _LOCK).open("w")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report.note(f"waiting for another export into {root}")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        # The one that held it may have removed the folder, and this lock with it.
+        with contextlib.suppress(FileNotFoundError):
+            if (root / _LOCK).stat().st_ino == os.fstat(stream.fileno()).st_ino:
+                return stream
+        stream.close()
