@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -142,10 +143,25 @@ def _format_of(output: Path) -> str:
 def _run(request: GenerateRequest, url: str, timeout: float) -> tuple[GenerateResult, float]:
     # gRPC's core writes lines of its own to stderr, where an error should be one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    with Client(url, timeout=timeout) as client, _progress_bar(request.prompt) as on_progress:
+    with _interrupts_held_back():
+        client = Client(url, timeout=timeout)
+    with client, _progress_bar(request.prompt) as on_progress:
         started = time.monotonic()
         result = client.generate(request, on_progress=on_progress)
         return result, time.monotonic() - started
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C wait: in the middle of importing numpy or gRPC it would come out as their ImportError."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -199,7 +215,7 @@ def _errors_as_exit_codes() -> Iterator[None]:
         _complain(error.message)
         raise typer.Exit(exit_code(error)) from error
     except KeyboardInterrupt as error:
-        _complain("interrupted; the request was cancelled")
+        _complain("interrupted; nothing was written")
         raise typer.Exit(_EXIT_INTERRUPTED) from error
 
 

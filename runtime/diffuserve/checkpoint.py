@@ -84,11 +84,11 @@ class Checkpoint:
             width=width,
             height=height,
             guidance_scale=guidance,
-            sampler=self.trajectory(request.sampler, request.steps).sampler,
+            sampler=self._compile.name(request.sampler),
             seed=seed,
         )
 
-    def trajectory(self, sampler: str | None, steps: int) -> Trajectory:
+    def trajectory(self, sampler: str, steps: int) -> Trajectory:
         return self._compile(sampler, steps)
 
     def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, list[Prompt]]:
@@ -96,7 +96,8 @@ class Checkpoint:
         read = [self._tokenizer(prompt) for prompt in prompts]
         component = self.manifest.components[TEXT_ENCODER]
         outputs = self._runner.run(component, {"input_ids": torch.cat([one.ids for one in read])})
-        return check_rows(component, outputs["hidden_states"], len(read)).float(), read
+        # A copy, since it is kept for as long as the request runs and the component's memory is lent.
+        return check_rows(component, outputs["hidden_states"], len(read)).to(torch.float32, copy=True), read
 
     def first_latents(self, resolved: ResolvedRequest, generator: torch.Generator, scale: float) -> torch.Tensor:
         """Seeded noise [C, h, w] float32, drawn on the CPU as diffusers draws it, times the sampler's first scale."""

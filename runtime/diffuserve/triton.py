@@ -5,6 +5,7 @@ Every path of a decoupled request must end with an error or a final response, or
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -64,23 +65,30 @@ class BlsRunner:
 
 
 class TritonReply:
-    """One request's response sender."""
+    """One request's response sender, let go with its last response: Triton cannot unload while one is held."""
 
     def __init__(self, sender: Any) -> None:
-        self._sender = sender
+        self._sender: Any = sender
 
     def send(self, event: Event, *, final: bool) -> None:
         tensors = [pb_utils.Tensor(name, array) for name, array in wire.encode_event(event).items()]
         response = pb_utils.InferenceResponse(output_tensors=tensors)
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+        self._send(response, final)
 
     def fail(self, error: errors.DiffuserveError) -> None:
         status = getattr(pb_utils.TritonError, _STATUS.get(error.code, "INTERNAL"))
         response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), status))
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._send(response, final=True)
 
     def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        sender = self._sender
+        return sender is None or bool(sender.is_cancelled())
+
+    def _send(self, response: Any, final: bool) -> None:
+        sender = self._sender
+        if final:
+            self._sender = None
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
 
 class DiffusionModel:
@@ -102,16 +110,25 @@ class DiffusionModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            reply = TritonReply(request.get_response_sender())
-            try:
-                tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-                parameters = json.loads(request.parameters() or "{}")
-                self._service.submit(wire.decode_request(tensors, parameters), reply)
-            except errors.DiffuserveError as error:
-                reply.fail(error)
-            except Exception as error:
-                _log.exception("a request could not be accepted")
-                reply.fail(errors.InternalError(f"a bug in the server: {error!r}"))
+            self._accept(request)
+
+    def _accept(self, request: Any) -> None:
+        # A function of its own, so that a refused request and its sender are let go when it returns: with one still
+        # held in `execute`'s frame, Triton waited for it until the exit timeout.
+        reply = TritonReply(request.get_response_sender())
+        try:
+            tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            parameters = json.loads(request.parameters() or "{}")
+            self._service.submit(wire.decode_request(tensors, parameters), reply)
+        except errors.DiffuserveError as error:
+            reply.fail(error)
+        except Exception as error:
+            _log.exception("a request could not be accepted")
+            reply.fail(errors.InternalError(f"a bug in the server: {error!r}"))
 
     def finalize(self) -> None:
         self._service.close()
+        # Requests that ended hold each other in cycles (an image knows its callbacks, and they know it); what Triton
+        # lent them must go back before it unloads the model, or it waits for that until its exit timeout.
+        del self._service
+        gc.collect()

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from diffuserve.server import ServerOptions, TritonServer
-from diffuserve_client import Client, ComponentFailedError, DiffuserveError, InternalError, Timeout
+from diffuserve_client import (
+    Client,
+    ComponentFailedError,
+    DiffuserveError,
+    InternalError,
+    InvalidArgumentError,
+    Timeout,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,4 +105,5 @@ def test_every_affected_request_ends_in_an_error_and_the_rest_in_a_picture(faili
                 assert "shapes_unet" in str(outcome)
         assert "out of memory" in str(outcomes[1])
         assert "rows" in str(outcomes[2])
+        assert isinstance(_outcome(client, width=63), InvalidArgumentError)
         assert _outcome(client, steps=2) is None

@@ -266,14 +266,18 @@ class TrajectoryCompiler:
         self._own_class = own
         self._compiled = lru_cache(maxsize=CACHED_TRAJECTORIES)(self._compile)
 
-    def __call__(self, sampler: str | None, steps: int) -> Trajectory:
-        """Raises UnsupportedError for a sampler that is not built or cannot be expressed."""
+    def name(self, sampler: str | None) -> str:
+        """The sampler, or the checkpoint's own for None. Raises UnsupportedError where that one is not built."""
         name = sampler or self.default
         if name is None:
             raise UnsupportedError(
                 f"the checkpoint's own scheduler {self._own_class} is not built; give a sampler: {', '.join(SAMPLERS)}"
             )
-        return self._compiled(name, steps)
+        return name
+
+    def __call__(self, sampler: str | None, steps: int) -> Trajectory:
+        """The table, which takes some milliseconds the first time. Raises CompileError where it cannot be made."""
+        return self._compiled(self.name(sampler), steps)
 
     def _compile(self, name: str, steps: int) -> Trajectory:
         return compile_trajectory(make_scheduler(self._config, SAMPLERS[name]), steps, name)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 import diffuserve
 from diffuserve_client import (
     CancelledError,
+    Client,
     ComponentFailedError,
     ConnectionFailedError,
     DeadlineError,
@@ -31,6 +32,7 @@ from diffuserve_client import (
     QueueFullError,
     UnavailableError,
     UnsupportedError,
+    _command,
 )
 from diffuserve_client._command import app, exit_code
 from unit.client.fake_triton import FakeTriton, answer, failure, silence
@@ -212,8 +214,24 @@ def test_ctrl_c_is_130_and_cancels(fake: FakeTriton) -> None:
 
     fake.script = interrupted
     result = run("generate", "a", url=fake.url)
-    assert (result.exit_code, complaint(result)) == (130, "interrupted; the request was cancelled")
+    assert (result.exit_code, complaint(result)) == (130, "interrupted; nothing was written")
     assert fake.over.wait(10)
+
+
+def test_ctrl_c_while_grpc_is_imported_waits_for_the_import(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = []
+
+    def slow_client(*arguments: Any, **options: Any) -> Client:
+        os.kill(os.getpid(), signal.SIGINT)
+        imported.append(True)
+        return Client(*arguments, **options)
+
+    monkeypatch.setattr(_command, "Client", slow_client)
+    result = run("generate", "a", url=fake.url)
+    assert (result.exit_code, complaint(result)) == (130, "interrupted; nothing was written")
+    assert imported
+    assert fake.requests == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_file_that_cannot_be_written(fake: FakeTriton, tmp_path: Path) -> None:
