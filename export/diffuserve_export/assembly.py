@@ -76,7 +76,7 @@ def _manifest(plan: Plan, key: str, components: dict[str, Component]) -> Manifes
         rows=plan.rows,
         latent_channels=checkpoint.latent_channels,
         latent_scale=checkpoint.latent_scale,
-        guidance_scale=checkpoint.family.guidance_scale,
+        guidance_scale=checkpoint.guidance_scale,
         token_limit=checkpoint.token_limit,
         scheduler=dict(checkpoint.scheduler),
         components=components,

@@ -18,6 +18,8 @@ _PART_CLASSES: Final = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditio
 _WEIGHT_NAMES: Final = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 # A UNet with one of these takes inputs that its graph would lack.
 _UNET_EXTRAS: Final = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
+# A checkpoint may bring defaults of its own for requests that leave a value out.
+SERVING_DEFAULTS: Final = "diffuserve.json"
 _UNET_EXTRAS_MORE: Final = ("time_cond_proj_dim", "timestep_post_act_concat")
 
 
@@ -40,6 +42,8 @@ class Checkpoint:
     family: Family
     parts: Mapping[str, Part]
     scheduler: Mapping[str, Any]
+    #: Of a request that gives none: from the folder's diffuserve.json, else the family's.
+    guidance_scale: float
 
     @property
     def latent_channels(self) -> int:
@@ -72,6 +76,8 @@ class Checkpoint:
         found += [path for path in (self.root / "tokenizer").iterdir() if path.is_file()]
         for part in self.parts.values():
             found += part.files
+        if (self.root / SERVING_DEFAULTS).is_file():
+            found.append(self.root / SERVING_DEFAULTS)
         return {path.relative_to(self.root).as_posix(): path for path in sorted(found)}
 
 
@@ -87,7 +93,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
     scheduler = _json(_needed(root, "scheduler", "scheduler_config.json"))
     if not scheduler.get("_class_name"):
         raise CheckpointError(f"{root}/scheduler/scheduler_config.json has no _class_name")
-    checkpoint = Checkpoint(root, family, parts, scheduler)
+    checkpoint = Checkpoint(root, family, parts, scheduler, _guidance_scale(root, family))
     _check_unet(checkpoint)
     return checkpoint
 
@@ -98,6 +104,19 @@ def _family(root: Path, pipeline_class: str) -> Family:
             return family
     known = "; ".join(f"{family.name}: {', '.join(family.pipeline_classes)}" for family in FAMILIES.values())
     raise CheckpointError(f"{root} is a {pipeline_class}, and the known families are {known}")
+
+
+def _guidance_scale(root: Path, family: Family) -> float:
+    path = root / SERVING_DEFAULTS
+    if not path.is_file():
+        return family.guidance_scale
+    defaults = _json(path)
+    value = defaults.pop("guidance_scale", family.guidance_scale)
+    if defaults:
+        raise CheckpointError(f"{path} sets {', '.join(defaults)}, and only guidance_scale can be set there")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 50:
+        raise CheckpointError(f"{path} sets guidance_scale to {value!r}, and it must be a number from 0 to 50")
+    return float(value)
 
 
 def _part(root: Path, name: str, index: Mapping[str, Any]) -> Part:

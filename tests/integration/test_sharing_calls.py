@@ -34,7 +34,7 @@ def test_sixteen_mixed_requests_are_each_as_if_alone(client: Client, server: Any
             "seed": 100 + i,
             "width": (64, 96)[i % 2],
             "height": (64, 96)[i % 2],
-            "guidance_scale": (7.5, 4.0, 7.5, 1.0)[i % 4] if steps[i] < 20 else 7.5,
+            "guidance_scale": (7.5, 4.0, 2.0, 1.0)[i % 4] if steps[i] < 20 else 2.0,
         }
         for i, scene in enumerate(scenes)
     ]

@@ -207,3 +207,28 @@ def test_the_command_says_when_it_is_up_to_date(exported: Exported) -> None:
     result = CliRunner().invoke(app, ["--checkpoint", str(exported.checkpoint), "--out", str(exported.out)])
     assert result.exit_code == 0
     assert f"tiny is up to date in {exported.out}" in result.stdout
+
+
+def test_a_checkpoint_may_bring_its_own_guidance_scale(checkpoint: Path) -> None:
+    assert open_checkpoint(checkpoint).guidance_scale == 7.5
+    defaults = checkpoint / "diffuserve.json"
+    defaults.write_text('{"guidance_scale": 2}')
+    opened = open_checkpoint(checkpoint)
+    assert opened.guidance_scale == 2.0
+    assert "diffuserve.json" in opened.files
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"guidance_scale": 51}', "must be a number from 0 to 50"),
+        ('{"guidance_scale": "7"}', "must be a number from 0 to 50"),
+        ('{"guidance_scale": NaN}', "must be a number from 0 to 50"),
+        ('{"steps": 5}', "only guidance_scale"),
+        ("[]", "holds no JSON object"),
+    ],
+)
+def test_bad_serving_defaults_are_refused(checkpoint: Path, text: str, said: str) -> None:
+    (checkpoint / "diffuserve.json").write_text(text)
+    with pytest.raises(CheckpointError, match=said):
+        open_checkpoint(checkpoint)
