@@ -28,6 +28,7 @@ from rich.table import Table
 from transformers import CLIPTokenizer
 
 from shapes_recipe.oracle import Verdict, judge
+from shapes_recipe.train import GUIDANCE_SCALE
 from shapes_recipe.world import Scene, held_out_scenes, trained_scenes
 
 __all__ = ["ATTRIBUTES", "Judged", "Result", "choose", "evaluate", "load", "load_unfinished", "sheet"]
@@ -191,7 +192,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=200, help="pictures for trained, and for held-out, scenes")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, choices=(64, 96), default=64)
-    parser.add_argument("--guidance", type=float, default=train.GUIDANCE_SCALE)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED)
     parser.add_argument("--sheet", type=Path, help="write all pictures with their verdicts as one PNG")
     parser.add_argument("--json", type=Path, help="write the rates, and every wrong picture's caption, as JSON")
