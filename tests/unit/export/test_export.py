@@ -130,7 +130,7 @@ def shapes_like(sample_size: int, vae_levels: int, unet_levels: int) -> Checkpoi
         "unet": part("unet", {"sample_size": sample_size, "block_out_channels": [8] * unet_levels}),
         "vae": part("vae", {"block_out_channels": [8] * vae_levels}),
     }
-    return Checkpoint(Path("x"), FAMILIES["sd15"], parts, {})
+    return Checkpoint(Path("x"), FAMILIES["sd15"], parts, {}, guidance_scale=7.5)
 
 
 @pytest.mark.parametrize(
