@@ -215,7 +215,7 @@ def _errors_as_exit_codes() -> Iterator[None]:
         _complain(error.message)
         raise typer.Exit(exit_code(error)) from error
     except KeyboardInterrupt as error:
-        _complain("interrupted; nothing was written")
+        _complain("interrupted")
         raise typer.Exit(_EXIT_INTERRUPTED) from error
 
 

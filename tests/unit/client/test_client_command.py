@@ -214,7 +214,7 @@ def test_ctrl_c_is_130_and_cancels(fake: FakeTriton) -> None:
 
     fake.script = interrupted
     result = run("generate", "a", url=fake.url)
-    assert (result.exit_code, complaint(result)) == (130, "interrupted; nothing was written")
+    assert (result.exit_code, complaint(result)) == (130, "interrupted")
     assert fake.over.wait(10)
 
 
@@ -228,7 +228,7 @@ def test_ctrl_c_while_grpc_is_imported_waits_for_the_import(fake: FakeTriton, mo
 
     monkeypatch.setattr(_command, "Client", slow_client)
     result = run("generate", "a", url=fake.url)
-    assert (result.exit_code, complaint(result)) == (130, "interrupted; nothing was written")
+    assert (result.exit_code, complaint(result)) == (130, "interrupted")
     assert imported
     assert fake.requests == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
