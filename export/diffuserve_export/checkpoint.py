@@ -12,15 +12,20 @@ from diffuserve.spec import FAMILIES, Family
 from diffuserve_export.errors import CheckpointError
 from diffuserve_export.safetensors_file import parameters_in
 
-__all__ = ["Checkpoint", "Part", "open_checkpoint"]
+__all__ = ["SERVING_DEFAULTS", "Checkpoint", "Part", "open_checkpoint"]
 
 _PART_CLASSES: Final = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 _WEIGHT_NAMES: Final = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 # A UNet with one of these takes inputs that its graph would lack.
-_UNET_EXTRAS: Final = ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type")
+_UNET_EXTRAS: Final = (
+    "class_embed_type",
+    "num_class_embeds",
+    "addition_embed_type",
+    "encoder_hid_dim_type",
+    "time_cond_proj_dim",
+)
 # A checkpoint may bring defaults of its own for requests that leave a value out.
 SERVING_DEFAULTS: Final = "diffuserve.json"
-_UNET_EXTRAS_MORE: Final = ("time_cond_proj_dim", "timestep_post_act_concat")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ def _shards(index: Path) -> list[Path]:
 
 def _check_unet(checkpoint: Checkpoint) -> None:
     config = checkpoint.parts["unet"].config
-    extras = [key for key in (*_UNET_EXTRAS, *_UNET_EXTRAS_MORE) if config.get(key) is not None]
+    extras = [key for key in _UNET_EXTRAS if config.get(key) is not None]
     if extras:
         raise CheckpointError(f"not built yet: a UNet with {', '.join(extras)}, which takes further inputs")
     if config.get("in_channels", 4) != checkpoint.latent_channels:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from diffuserve_export.checkpoint import SERVING_DEFAULTS
 from diffuserve_export.errors import CheckpointError
 
 __all__ = ["find_checkpoint"]
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL_FILES: Final = ("model_index.json", "*/config.json", "scheduler/*.json", "tokenizer/*")
+_SMALL_FILES: Final = ("model_index.json", SERVING_DEFAULTS, "*/config.json", "scheduler/*.json", "tokenizer/*")
 _WEIGHTS: Final = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 

@@ -28,7 +28,7 @@ class Target:
 
 
 # Opset 23 keeps attention in one `Attention` node, which ONNX Runtime has a CPU kernel for (1.32; it is verified like
-# every graph). A small UNet took the CPU time of opset 18 at 8x8 latents, and about 5 % less at 64x64.
+# every graph). A small UNet took the CPU time of opset 18 at 8x8 latents, and about 8 % less at 64x64.
 TARGETS: Final = {
     target.name: target
     for target in (

@@ -133,7 +133,7 @@ def test_a_hub_id_fetches_what_an_export_reads(saved_checkpoint: Path, monkeypat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert open_checkpoint(find_checkpoint("owner/name")).root == saved_checkpoint
     assert len(asked) == 1
-    assert "unet/diffusion_pytorch_model.safetensors" in asked[0]
+    assert {"unet/diffusion_pytorch_model.safetensors", "diffuserve.json"} <= set(asked[0])
 
 
 def test_fp16_weights_are_fetched_where_there_are_no_others(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
