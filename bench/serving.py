@@ -1,9 +1,10 @@
 """This service beside diffusers' pipeline behind a lock and the bare engines, in one run on one machine.
 
 The same requests go, all at once, (a) to a real Triton with diffuserve, (b) to diffusers' pipeline behind a lock,
-as web servers around it do, and (c) the calls that (a) made of its engines are replayed one after another on bare
-ONNX Runtime sessions in this process: the time that no server can go below with these engines and batches.
-Runs alternate, and medians over the rounds are reported.
+as web servers around it do, and (c) the calls that (a) made of its engines are replayed on bare ONNX Runtime
+sessions in this process, each model's calls one after another and the models side by side, with nothing in between:
+the time that no server can go below with these engines and batches. Runs alternate, and medians over the rounds are
+reported.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 
 from diffuserve.manifest import Deployment
+from diffuserve.onnx_session import open_session
 from diffuserve.server import ServerOptions, TritonServer
 from diffuserve_client import Client
 from shapes_recipe.world import trained_scenes
@@ -88,22 +89,29 @@ def locked_pipeline(checkpoint: Path) -> Callable[[dict[str, Any]], None]:
 
 
 class BareEngines:
-    """The deployment's ONNX graphs in plain sessions, as the component models open them."""
+    """The deployment's ONNX graphs in plain sessions, opened as the component models open them."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._sessions = {}
         manifest = deployment.manifest(deployment.checkpoints[0])
         for component in manifest.components.values():
             graph = deployment.models / component.model / "1" / "model.onnx"
-            self._sessions[component.model] = ort.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+            self._sessions[component.model] = open_session(graph, threads=0)
 
     def replay(self, calls: list[dict[str, Any]]) -> float:
-        """Seconds of all the calls, one after another, on inputs of the same shapes."""
+        """Seconds of all the calls on inputs of the same shapes, one lane a model, as Triton has one instance of each."""
         rng = np.random.default_rng(0)
-        inputs = [(self._sessions[call["model"]], self._inputs(call, rng)) for call in calls]
+        lanes: dict[str, list[dict[str, Any]]] = {}
+        for call in calls:
+            lanes.setdefault(call["model"], []).append(self._inputs(call, rng))
+
+        def run(model: str) -> None:
+            for feed in lanes[model]:
+                self._sessions[model].run(None, feed)
+
         started = time.perf_counter()
-        for session, feed in inputs:
-            session.run(None, feed)
+        with ThreadPoolExecutor(len(lanes)) as pool:
+            list(pool.map(run, lanes))
         return time.perf_counter() - started
 
     def _inputs(self, call: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

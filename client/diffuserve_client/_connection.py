@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from diffuserve.errors import DiffuserveError
 from diffuserve.request import Event
 from diffuserve_client._exchange import CHANNEL_OPTIONS, Exchange, connect_failure
 from diffuserve_client._timeout import Timeout
@@ -99,7 +100,7 @@ class _Call:
         with self._lock:
             self._cancelled = True
             stream = self._stream
-        if stream is not None:
+        if stream is not None and not self._exchange.finished:
             stream.cancel()
 
     def _read(self, message: Any) -> None:
@@ -119,16 +120,28 @@ class _Call:
                 return
             self._stream = stub.ModelStreamInfer(iter((message,)), timeout=deadline - time.monotonic())
         try:
+            # To the stream's end, past the last answer: a stream that is cancelled while Triton is about to end it
+            # keeps its model from unloading (seen with 2.51).
             for response in self._stream:
-                event = self._exchange.receive(response)
-                if event is not None:
-                    self._received.put(event)
-                if self._exchange.finished:
-                    return
-            raise self._exchange.ended()
+                self._take(response)
+            if not self._exchange.finished:
+                raise self._exchange.ended()
         except grpc.RpcError as error:
+            if self._exchange.finished:
+                return
             self._connection.drop_if_lost(self._channel, error)
             raise self._exchange.failure(error.code(), error.details()) from error
+
+    def _take(self, response: Any) -> None:
+        try:
+            event = self._exchange.receive(response)
+        except DiffuserveError as error:
+            if not self._exchange.finished:
+                raise
+            self._received.put(error)
+        else:
+            if event is not None:
+                self._received.put(event)
 
     def _greet(self, stub: Any) -> None:
         """Find out soon whether a server is there.

@@ -50,7 +50,7 @@ _UNKNOWN_MODEL: Final = "Request for unknown model"
 
 
 class Exchange:
-    """What to send, what the answers mean, and whether the request is done. `url` is for the error messages."""
+    """What to send, what the answers mean, and whether the server has given its last. `url` is for the error messages."""
 
     def __init__(self, request: GenerateRequest, *, url: str, timeout: Timeout) -> None:
         self.finished = False
@@ -76,6 +76,7 @@ class Exchange:
         Raises the error that the server sent, or InternalError for an answer that does not fit the request.
         """
         if response.error_message:
+            self.finished = True
             raise self._server_error(response.error_message)
         infer = response.infer_response
         event = self._event(infer) if infer.outputs else None

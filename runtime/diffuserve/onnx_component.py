@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 from diffuserve.errors import ComponentFailedError, DiffuserveError, InvalidArgumentError
+from diffuserve.onnx_session import open_session
 
 __all__ = ["OnnxComponentModel"]
 
@@ -39,9 +39,7 @@ class OnnxComponentModel:
         parameters = json.loads(args["model_config"]).get("parameters", {})
         threads = int(parameters.get("intra_op_num_threads", {}).get("string_value") or 0)
         try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), sess_options=_session_options(threads), providers=["CPUExecutionProvider"]
-            )
+            self.session = open_session(path, threads)
         except Exception as error:  # ONNX Runtime's errors have no common root
             raise ComponentFailedError(f"{self.name} cannot load {path.name}: {_first_line(error)}") from error
         self.inputs = [(one.name, tuple(one.shape), _DTYPES[one.type]) for one in self.session.get_inputs()]
@@ -88,17 +86,6 @@ class OnnxComponentModel:
     def finalize(self) -> None:
         """Let go of the graph."""
         self.session = None
-
-
-def _session_options(threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # Idle threads must not spin: other components, the loop and Triton itself run on the same cores. A small UNet's
-    # call of two rows took 17 ms of CPU time without spinning and 27 ms with it on two busy cores; on two idle
-    # ones spinning answers sooner, 8 ms instead of 10.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return options
 
 
 def _sides_text(shape: Sequence[int | str], sides: Mapping[str, int]) -> str:

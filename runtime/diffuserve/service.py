@@ -68,9 +68,6 @@ class _Job:
 
     def fail(self, error: BaseException) -> None:
         ours = error if isinstance(error, DiffuserveError) else InternalError(f"a bug in the server: {error!r}")
-        # The traceback's frames hold what the engine answered. Triton must have that back before the last response,
-        # or it waits for it when the model is unloaded.
-        error.__traceback__ = None
         with self._lock:
             if self._ended:
                 return

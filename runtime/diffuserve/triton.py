@@ -5,7 +5,6 @@ Every path of a decoupled request must end with an error or a final response, or
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -113,8 +112,6 @@ class DiffusionModel:
             self._accept(request)
 
     def _accept(self, request: Any) -> None:
-        # A function of its own, so that a refused request and its sender are let go when it returns: with one still
-        # held in `execute`'s frame, Triton waited for it until the exit timeout.
         reply = TritonReply(request.get_response_sender())
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
@@ -128,7 +125,3 @@ class DiffusionModel:
 
     def finalize(self) -> None:
         self._service.close()
-        # Requests that ended hold each other in cycles (an image knows its callbacks, and they know it); what Triton
-        # lent them must go back before it unloads the model, or it waits for that until its exit timeout.
-        del self._service
-        gc.collect()

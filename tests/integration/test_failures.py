@@ -77,6 +77,7 @@ def failing_server(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -
     with TritonServer(options) as server:
         server.wait_ready()
         yield server
+    assert "Exit timeout expired" not in (root / "triton.log").read_text(encoding="utf-8")
 
 
 def _outcome(client: Client, **parameters: Any) -> DiffuserveError | None:
