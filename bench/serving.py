@@ -99,7 +99,7 @@ class BareEngines:
             self._sessions[component.model] = open_session(graph, threads=0)
 
     def replay(self, calls: list[dict[str, Any]]) -> float:
-        """Seconds of all the calls on inputs of the same shapes, one lane a model, as Triton has one instance of each."""
+        """Seconds of all the calls, on inputs of the same shapes; one lane a model, as Triton has one instance."""
         rng = np.random.default_rng(0)
         lanes: dict[str, list[dict[str, Any]]] = {}
         for call in calls:

@@ -50,7 +50,7 @@ _UNKNOWN_MODEL: Final = "Request for unknown model"
 
 
 class Exchange:
-    """What to send, what the answers mean, and whether the server has given its last. `url` is for the error messages."""
+    """What to send, what the answers mean, and whether the last has come. `url` is for the error messages."""
 
     def __init__(self, request: GenerateRequest, *, url: str, timeout: Timeout) -> None:
         self.finished = False
