@@ -19,12 +19,18 @@ class GenerateParameters(TypedDict, total=False):
     height: int | None
     steps: int
     guidance_scale: float | None
+    guidance_rescale: float
     sampler: str | None
+    sigma_schedule: str | None
+    eta: float
     seed: int
     num_images: int
     progress_every: int
     image_format: str
     image_encoding: str
+    priority: int
+    deadline_ms: int
+    client_tag: str
 
 
 def request_from(

@@ -26,13 +26,15 @@ __all__ = [
 
 MAX_PROMPT_BYTES: Final = 8192
 MAX_NAME_BYTES: Final = 256
+MAX_PRIORITY: Final = 100
+MAX_DEADLINE_MS: Final = 24 * 3600 * 1000
 MAX_SEED: Final = 2**63 - 1
 RANDOM_SEED: Final = -1
 IMAGE_FORMATS: Final = ("png", "jpeg", "webp")
 IMAGE_ENCODINGS: Final = ("binary", "base64")
 
-EventKind = Literal["progress", "image"]
-EVENT_KINDS: Final[tuple[EventKind, ...]] = ("progress", "image")
+EventKind = Literal["queued", "progress", "image"]
+EVENT_KINDS: Final[tuple[EventKind, ...]] = ("queued", "progress", "image")
 
 
 def _check_range(name: str, value: float, low: float, high: float, remedy: str = "") -> None:
@@ -92,19 +94,25 @@ class GenerateRequest:
     height: int | None = None
     steps: int = 20
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
     sampler: str | None = None
+    sigma_schedule: str | None = None
+    eta: float = 0.0
     seed: int = RANDOM_SEED
     num_images: int = 1
     progress_every: int = 0
     image_format: str = "png"
     image_encoding: str = "binary"
+    priority: int = 0
+    deadline_ms: int = 0
+    client_tag: str = ""
 
     def __post_init__(self) -> None:
         _check_text("prompt", self.prompt, MAX_PROMPT_BYTES)
         _check_text("negative_prompt", self.negative_prompt, MAX_PROMPT_BYTES)
-        for name in ("checkpoint", "sampler"):
+        for name in ("checkpoint", "sampler", "sigma_schedule", "client_tag"):
             _check_text(name, getattr(self, name) or "", MAX_NAME_BYTES)
-        for name in ("steps", "num_images", "seed", "progress_every"):
+        for name in ("steps", "num_images", "seed", "progress_every", "priority", "deadline_ms"):
             _check_integer(name, getattr(self, name))
         for name in ("width", "height"):
             if getattr(self, name) is not None:
@@ -112,6 +120,8 @@ class GenerateRequest:
         _check_range("steps", self.steps, 1, 150)
         if self.guidance_scale is not None:
             _check_range("guidance_scale", self.guidance_scale, 0, 50)
+        _check_range("guidance_rescale", self.guidance_rescale, 0, 1)
+        _check_range("eta", self.eta, 0, 1)
         _check_range("num_images", self.num_images, 1, 16)
         _check_range("seed", self.seed, RANDOM_SEED, MAX_SEED, "-1 lets the server draw one")
         if self.seed + self.num_images - 1 > MAX_SEED:
@@ -123,6 +133,8 @@ class GenerateRequest:
                 maximum=MAX_SEED - self.num_images + 1,
             )
         _check_range("progress_every", self.progress_every, 0, 150, "0 is off")
+        _check_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY, "higher goes first")
+        _check_range("deadline_ms", self.deadline_ms, 0, MAX_DEADLINE_MS, "0 is none")
         _check_choice("image_format", self.image_format, IMAGE_FORMATS)
         _check_choice("image_encoding", self.image_encoding, IMAGE_ENCODINGS)
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from diffuserve.errors import QueueFullError
 
-__all__ = ["Candidate", "StepPolicy"]
+__all__ = ["Candidate", "Group", "StepPolicy"]
+
+
+class Group(NamedTuple):
+    """Images that may share a UNet call: one checkpoint, one size in pixels."""
+
+    checkpoint: str
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
