@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
 
-from diffuserve.components import ComponentRunner, check_rows
+from diffuserve.components import ComponentRunner, cast_inputs, check_rows
+from diffuserve.engine import Group
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.manifest import Deployment, Manifest
 from diffuserve.prompt import Prompt, PromptTokenizer
 from diffuserve.request import RANDOM_SEED, GenerateRequest
 from diffuserve.sampling import SAMPLERS, Trajectory, TrajectoryCompiler
-from diffuserve.spec import LATENTS, PIXELS, TEXT_ENCODER, VAE_DECODER
+from diffuserve.spec import LATENTS, PIXELS, TEXT_ENCODER, UNET, VAE_DECODER
 
 __all__ = ["Checkpoint", "ResolvedRequest"]
 
@@ -88,14 +90,14 @@ class Checkpoint:
             seed=seed,
         )
 
-    def trajectory(self, sampler: str, steps: int) -> Trajectory:
-        return self._compile(sampler, steps)
+    def trajectory(self, resolved: ResolvedRequest) -> Trajectory:
+        return self._compile(resolved.sampler, resolved.request.steps)
 
-    def encode_prompts(self, prompts: list[str]) -> tuple[torch.Tensor, list[Prompt]]:
+    def encode_prompts(self, prompts: list[str], *, trace: object | None = None) -> tuple[torch.Tensor, list[Prompt]]:
         """Hidden states [len(prompts), tokens, D], and the prompts as they were read."""
         read = [self._tokenizer(prompt) for prompt in prompts]
         component = self.manifest.components[TEXT_ENCODER]
-        outputs = self._runner.run(component, {"input_ids": torch.cat([one.ids for one in read])})
+        outputs = self._runner.run(component, {"input_ids": torch.cat([one.ids for one in read])}, trace=trace)
         # A copy, since it is kept for as long as the request runs and the component's memory is lent.
         return check_rows(component, outputs["hidden_states"], len(read)).to(torch.float32, copy=True), read
 
@@ -105,8 +107,27 @@ class Checkpoint:
         shape = (1, self.manifest.latent_channels, resolved.height // factor, resolved.width // factor)
         return torch.randn(shape, generator=generator, dtype=torch.float32)[0] * scale
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: torch.Tensor, *, trace: object | None = None) -> torch.Tensor:
         """Pixels [3, H, W] of one image's latents [C, h, w]."""
         component = self.manifest.components[VAE_DECODER]
-        pixels = self._runner.run(component, {LATENTS: latents[None].contiguous()})[PIXELS]
+        inputs = cast_inputs(component, {LATENTS: latents[None].contiguous()})
+        pixels = self._runner.run(component, inputs, trace=trace)[PIXELS]
         return check_rows(component, pixels, 1)[0]
+
+    def trial(self, group: Group, rows: int) -> Callable[[], object]:
+        """A UNet call of that many rows of nothing, for measuring what it costs."""
+        component = self.manifest.components[UNET]
+        width = next((one.shape[-1] for one in component.inputs if one.name == "encoder_hidden_states"), 1)
+        factor = self.manifest.latent_scale
+
+        def run() -> object:
+            inputs = {
+                "sample": torch.zeros(
+                    rows, self.manifest.latent_channels, group.height // factor, group.width // factor
+                ),
+                "timestep": torch.full((rows,), 500.0),
+                "encoder_hidden_states": torch.zeros(rows, self.manifest.token_limit, int(width)),
+            }
+            return self._runner.run(component, cast_inputs(component, inputs))
+
+        return run

@@ -7,21 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 
 from diffuserve.errors import ComponentFailedError
 from diffuserve.manifest import Component
 
-__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "check_rows"]
+__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "SerialRunner", "cast_inputs", "check_rows"]
 
 
 class ComponentRunner(Protocol):
     """Runs one component model. Implementations are called from several threads at once."""
 
-    def run(self, component: Component, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The component's outputs by name.
+    def run(
+        self, component: Component, inputs: Mapping[str, torch.Tensor], *, trace: object | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The component's outputs by name. `trace` is the trace of the request that the call is made for.
 
         Raises ComponentFailedError, naming the component, whatever went wrong below.
         """
@@ -34,7 +36,13 @@ class InProcessRunner:
     def __init__(self, models: Mapping[str, Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]]) -> None:
         self._models = models
 
-    def run(self, component: Component, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def run(
+        self,
+        component: Component,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        trace: object | None = None,  # noqa: ARG002
+    ) -> dict[str, torch.Tensor]:
         try:
             return self._models[component.model](inputs)
         except Exception as error:
@@ -51,9 +59,11 @@ class CallLog:
         self._runner, self._file = runner, path.open("w", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
 
-    def run(self, component: Component, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def run(
+        self, component: Component, inputs: Mapping[str, torch.Tensor], *, trace: object | None = None
+    ) -> dict[str, torch.Tensor]:
         started = time.monotonic()
-        outputs = self._runner.run(component, inputs)
+        outputs = self._runner.run(component, inputs, trace=trace)
         line = {
             "model": component.model,
             "shapes": {name: list(tensor.shape) for name, tensor in inputs.items()},
@@ -63,6 +73,28 @@ class CallLog:
         with self._lock:
             self._file.write(json.dumps(line) + "\n")
         return outputs
+
+
+class SerialRunner:
+    """A runner that makes one call of another at a time: for measuring what overlap brings."""
+
+    def __init__(self, runner: ComponentRunner) -> None:
+        self._runner, self._lock = runner, threading.Lock()
+
+    def run(
+        self, component: Component, inputs: Mapping[str, torch.Tensor], *, trace: object | None = None
+    ) -> dict[str, torch.Tensor]:
+        with self._lock:
+            return self._runner.run(component, inputs, trace=trace)
+
+
+_DTYPES: Final = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+
+
+def cast_inputs(component: Component, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Floating-point inputs in the precision that the component's engine takes them in."""
+    types = {one.name: _DTYPES.get(one.datatype) for one in component.inputs}
+    return {name: tensor if (dtype := types.get(name)) is None else tensor.to(dtype) for name, tensor in inputs.items()}
 
 
 def check_rows(component: Component, output: torch.Tensor, rows: int) -> torch.Tensor:

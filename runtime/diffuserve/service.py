@@ -11,20 +11,34 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Protocol
+from typing import Final
 
 import torch
 
 from diffuserve.checkpoint import Checkpoint, ResolvedRequest
-from diffuserve.components import ComponentRunner
-from diffuserve.engine import DenoiseLoop, LoopCheckpoint, StepPolicy, Track
-from diffuserve.errors import CancelledError, DiffuserveError, InternalError, NotFoundError
+from diffuserve.components import ComponentRunner, SerialRunner
+from diffuserve.engine import (
+    CALIBRATION_ROWS,
+    Demand,
+    DenoiseLoop,
+    Group,
+    LoopCheckpoint,
+    StepCosts,
+    StepPolicy,
+    Track,
+    Trial,
+)
+from diffuserve.errors import CancelledError, DiffuserveError, NotFoundError
 from diffuserve.images import encode_image, image_from_pixels
+from diffuserve.job import Job, Reply
 from diffuserve.manifest import Deployment
-from diffuserve.request import Event, GenerateRequest
+from diffuserve.request import GenerateRequest
+from diffuserve.sampling import Trajectory
 from diffuserve.spec import UNET
+from diffuserve.telemetry import Telemetry
 
 __all__ = ["DiffusionService", "Reply"]
 
@@ -33,104 +47,69 @@ _log: Final = logging.getLogger(__name__)
 _FINISH_WORKERS: Final = 2  # one picture's file is written while the next is decoded
 
 
-class Reply(Protocol):
-    """One request's way back to its client. Called from several threads, one call at a time."""
-
-    def send(self, event: Event, *, final: bool) -> None: ...
-
-    def fail(self, error: DiffuserveError) -> None: ...
-
-    def is_cancelled(self) -> bool: ...
-
-
-class _Job:
-    """One request on its way: counts its images, and answers the reply's end exactly once."""
-
-    def __init__(self, resolved: ResolvedRequest, reply: Reply, on_end: Callable[[], None]) -> None:
-        self.resolved, self._reply, self._on_end = resolved, reply, on_end
-        self.accepted_at = time.monotonic()
-        self.tokens_cut = 0
-        self._left = resolved.request.num_images
-        self._ended = False
-        self._lock = threading.Lock()
-
-    def is_cancelled(self) -> bool:
-        return self._ended or self._reply.is_cancelled()
-
-    def step(self, track: Track, index: int, done: int, finished: bool) -> None:
-        every = self.resolved.request.progress_every
-        if every and done % every == 0 and not finished:
-            info = {"joined_at_step": track.joined_at_step}
-            self._send(self._event("progress", index, done, b"", info))
-
-    def image(self, index: int, data: bytes, info: dict[str, Any]) -> None:
-        self._send(self._event("image", index, self.resolved.request.steps, data, info), image=True)
-
-    def fail(self, error: BaseException) -> None:
-        ours = error if isinstance(error, DiffuserveError) else InternalError(f"a bug in the server: {error!r}")
-        with self._lock:
-            if self._ended:
-                return
-            self._ended = True
-            try:
-                self._reply.fail(ours)
-            finally:
-                self._on_end()
-
-    def _event(self, kind: Any, index: int, step: int, data: bytes, info: dict[str, Any]) -> Event:
-        resolved = self.resolved
-        return Event(
-            kind=kind,
-            index=index,
-            step=step,
-            steps=resolved.request.steps,
-            seed=resolved.seed + index,
-            data=data,
-            info=info,
-        )
-
-    def _send(self, event: Event, image: bool = False) -> None:
-        with self._lock:
-            if self._ended:
-                return
-            self._left -= image
-            final = self._left == 0
-            if final:
-                self._ended = True
-            try:
-                self._reply.send(event, final=final)
-            finally:
-                if final:
-                    self._on_end()
-
-
 class DiffusionService:
-    """Serves the checkpoints of one deployment through one denoising loop."""
+    """Serves the checkpoints of one deployment through one denoising loop.
 
-    def __init__(self, deployment: Deployment, runner: ComponentRunner, policy: StepPolicy | None = None) -> None:
+    policy      what decides; without one, a StepPolicy with the manifests' row limits
+    calibrate   measure the UNets' costs whenever the loop is idle, until they are known
+    overlap     whether engines may run at the same time
+    device      where latents live: the engines' own
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        runner: ComponentRunner,
+        *,
+        policy: StepPolicy | None = None,
+        telemetry: Telemetry | None = None,
+        calibrate: bool = False,
+        overlap: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        runner = runner if overlap else SerialRunner(runner)
+        self._telemetry = telemetry or Telemetry()
         self._checkpoints = {name: Checkpoint(deployment, name, runner) for name in deployment.checkpoints}
         self._default = deployment.checkpoints[0]
-        max_rows = min(checkpoint.manifest.rows.max for checkpoint in self._checkpoints.values())
-        self._policy = policy or StepPolicy(max_rows=max_rows)
-        units = {name: LoopCheckpoint(one.manifest.components[UNET]) for name, one in self._checkpoints.items()}
-        self.loop = DenoiseLoop(runner, self._policy, units)
+        self._policy = policy or StepPolicy(costs=StepCosts(), max_rows=self.max_rows)
+        self.loop = DenoiseLoop(
+            runner,
+            self._policy,
+            {name: LoopCheckpoint(one.manifest.components[UNET]) for name, one in self._checkpoints.items()},
+            telemetry=self._telemetry,
+            device=device,
+            trials=self._trials() if calibrate else (),
+        )
         self._prepare = ThreadPoolExecutor(1, "prepare")
         self._finish = ThreadPoolExecutor(_FINISH_WORKERS, "finish")
-        self._jobs = 0
+        self._jobs: set[Job] = set()
         self._lock = threading.Lock()
 
-    def submit(self, request: GenerateRequest, reply: Reply) -> None:
+    def max_rows(self, group: Group) -> int:
+        """The rows that the group's engine takes in one call."""
+        return self._checkpoints[group.checkpoint].manifest.rows.max
+
+    def submit(
+        self, request: GenerateRequest, reply: Reply, *, request_id: str = "", trace: object | None = None
+    ) -> None:
         """Accept a request; its events follow on `reply`.
 
         Raises DiffuserveError for a request that is not accepted: then nothing is sent on `reply`.
         """
         checkpoint = self._checkpoint(request.checkpoint)
         resolved = checkpoint.resolve(request)
+        trajectory = checkpoint.trajectory(resolved)
+        demand = self._demand(resolved, trajectory)
+        demands = [demand() for _ in range(request.num_images)]
+        job = Job(resolved, demands, reply, request_id or uuid.uuid4().hex, trace)
+        job.on_end = self._ended
         with self._lock:
-            self._policy.admit(self._jobs)
-            self._jobs += 1
-        job = _Job(resolved, reply, self._forget)
-        self._run_on(self._prepare, job, lambda: self._start(checkpoint, job))
+            present = [demand for other in self._jobs for demand in other.present()]
+            job.eta = self._policy.admit(job.demands, present, job.accepted_at, job.deadline)
+            self._jobs.add(job)
+            self._report_load()
+        self._telemetry.accepted(job.request_id, checkpoint.name, job.eta.seconds)
+        self._run_on(self._prepare, job, lambda: self._start(checkpoint, job, trajectory))
 
     def close(self) -> None:
         """Stop stepping. Requests under way end with an error."""
@@ -148,18 +127,47 @@ class DiffusionService:
             )
         return checkpoint
 
-    def _forget(self) -> None:
-        with self._lock:
-            self._jobs -= 1
+    def _trials(self) -> Iterator[Trial]:
+        """Calls that measure each checkpoint at the size that its engine is built for, the smallest first."""
+        for checkpoint in self._checkpoints.values():
+            size = checkpoint.manifest.size.opt
+            group = Group(checkpoint.name, size, size)
+            most = self.max_rows(group)
+            for rows in (1, *(count for count in CALIBRATION_ROWS if count < most), most):
+                yield Trial(group, rows, checkpoint.trial(group, rows))
 
     @staticmethod
-    def _run_on(workers: ThreadPoolExecutor, job: _Job, act: Callable[[], None]) -> None:
+    def _demand(resolved: ResolvedRequest, trajectory: Trajectory) -> Callable[[], Demand]:
+        group = Group(resolved.checkpoint, resolved.height, resolved.width)
+        rows = 2 if resolved.guided else 1
+        return lambda: Demand(group, rows, trajectory.evaluations, resolved.request.priority)
+
+    def _ended(self, job: Job, outcome: str) -> None:
+        with self._lock:
+            self._jobs.discard(job)
+            seconds = time.monotonic() - job.accepted_at
+            if outcome == "done":
+                around = seconds - (job.stepped_at - job.ready_at)
+                self._policy.learn(job.demands, job.eta, around, seconds)
+            self._report_load()
+        self._telemetry.ended(job.request_id, job.resolved.checkpoint, outcome, job.eta.seconds, seconds)
+
+    def _started(self) -> None:
+        with self._lock:
+            self._report_load()
+
+    def _report_load(self) -> None:
+        waiting = sum(job.is_waiting() for job in self._jobs)
+        self._telemetry.load(waiting, len(self._jobs) - waiting)
+
+    @staticmethod
+    def _run_on(workers: ThreadPoolExecutor, job: Job, act: Callable[[], None]) -> None:
         def guarded() -> None:
             try:
                 act()
             except Exception as error:
                 if not isinstance(error, DiffuserveError):
-                    _log.exception("a request failed")
+                    _log.exception("a request failed", extra={"request_id": job.request_id})
                 job.fail(error)
 
         try:
@@ -167,48 +175,53 @@ class DiffusionService:
         except RuntimeError as error:  # the workers have been shut down
             job.fail(CancelledError(f"the server is shutting down ({error})"))
 
-    def _start(self, checkpoint: Checkpoint, job: _Job) -> None:
+    def _start(self, checkpoint: Checkpoint, job: Job, trajectory: Trajectory) -> None:
         """Text encoding and first latents; then the request's images join the loop together."""
         if job.is_cancelled():
             raise CancelledError("the client cancelled")
+        job.check_deadline()
+        job.queued()
         resolved, request = job.resolved, job.resolved.request
         prompts = [request.prompt, request.negative_prompt] if resolved.guided else [request.prompt]
-        hidden_states, read = checkpoint.encode_prompts(prompts)
+        hidden_states, read = checkpoint.encode_prompts(prompts, trace=job.trace)
         job.tokens_cut = read[0].tokens_cut
-        self.loop.join([self._track(checkpoint, job, hidden_states, index) for index in range(request.num_images)])
+        tracks = [self._track(checkpoint, job, trajectory, hidden_states, i) for i in range(request.num_images)]
+        job.ready_at = time.monotonic()
+        job.tracks = tuple(tracks)
+        self.loop.join(tracks)
 
-    def _track(self, checkpoint: Checkpoint, job: _Job, hidden_states: torch.Tensor, index: int) -> Track:
+    def _track(
+        self, checkpoint: Checkpoint, job: Job, trajectory: Trajectory, hidden_states: torch.Tensor, index: int
+    ) -> Track:
         resolved = job.resolved
-        trajectory = checkpoint.trajectory(resolved.sampler, resolved.request.steps)
         generator = torch.Generator().manual_seed(resolved.seed + index)
 
         def on_latents(latents: torch.Tensor) -> None:
+            job.stepped_at = time.monotonic()
             self._run_on(self._finish, job, lambda: self._picture(checkpoint, job, track, index, latents))
 
         track = Track(
-            group=(checkpoint.name, resolved.height, resolved.width),
+            group=Group(checkpoint.name, resolved.height, resolved.width),
             trajectory=trajectory,
             guidance_scale=resolved.guidance_scale,
+            guidance_rescale=resolved.request.guidance_rescale,
             latents=checkpoint.first_latents(resolved, generator, trajectory.initial_scale),
             hidden_states=hidden_states,
             generator=generator,
-            on_step=lambda done: job.step(track, index, done, track.is_done),
+            priority=resolved.request.priority,
+            tag=resolved.request.client_tag,
+            deadline=job.deadline,
+            trace=job.trace,
+            on_start=self._started,
+            on_step=lambda done: job.step(track, index, done),
             on_latents=on_latents,
             on_error=job.fail,
             is_cancelled=job.is_cancelled,
         )
         return track
 
-    def _picture(self, checkpoint: Checkpoint, job: _Job, track: Track, index: int, latents: torch.Tensor) -> None:
+    def _picture(self, checkpoint: Checkpoint, job: Job, track: Track, index: int, latents: torch.Tensor) -> None:
         """VAE decoding and the image file."""
         request = job.resolved.request
-        image = image_from_pixels(checkpoint.decode(latents))
-        data = encode_image(image, request.image_format, request.image_encoding)
-        info = {
-            **job.resolved.parameters(index),
-            "joined_at_step": track.joined_at_step,
-            "queued_s": round(track.started_at - job.accepted_at, 4),
-            "run_s": round(time.monotonic() - track.started_at, 4),
-            "prompt_tokens_cut": job.tokens_cut,
-        }
-        job.image(index, data, info)
+        image = image_from_pixels(checkpoint.decode(latents, trace=job.trace))
+        job.image(track, index, encode_image(image, request.image_format, request.image_encoding))

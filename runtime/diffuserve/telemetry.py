@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from diffuserve.engine.policy import Group
+from typing import TYPE_CHECKING
 
-__all__ = ["Telemetry"]
+if TYPE_CHECKING:  # the engine imports this module
+    from diffuserve.engine import Group
+
+__all__ = ["Fanout", "Telemetry"]
 
 
 class Telemetry:
@@ -30,3 +33,34 @@ class Telemetry:
 
     def load(self, waiting: int, active: int) -> None:
         """How many requests wait for their first step, and how many are being stepped."""
+
+
+class Fanout(Telemetry):
+    """Passes every call on to several listeners, in turn."""
+
+    def __init__(self, *listeners: Telemetry) -> None:
+        self._listeners = listeners
+
+    def refused(self, code: str) -> None:
+        for one in self._listeners:
+            one.refused(code)
+
+    def accepted(self, request_id: str, checkpoint: str, eta: float) -> None:
+        for one in self._listeners:
+            one.accepted(request_id, checkpoint, eta)
+
+    def joined(self, checkpoint: str, wait: float) -> None:
+        for one in self._listeners:
+            one.joined(checkpoint, wait)
+
+    def stepped(self, group: Group, rows: int, seconds: float, engine: float) -> None:
+        for one in self._listeners:
+            one.stepped(group, rows, seconds, engine)
+
+    def ended(self, request_id: str, checkpoint: str, outcome: str, eta: float, seconds: float) -> None:
+        for one in self._listeners:
+            one.ended(request_id, checkpoint, outcome, eta, seconds)
+
+    def load(self, waiting: int, active: int) -> None:
+        for one in self._listeners:
+            one.load(waiting, active)

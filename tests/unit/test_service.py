@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -15,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffuserve.engine import StepPolicy
+from diffuserve.engine import StepCosts, StepPolicy
 from diffuserve.errors import (
     CancelledError,
     ComponentFailedError,
+    DeadlineError,
     InternalError,
     InvalidArgumentError,
     NotFoundError,
@@ -150,6 +152,7 @@ def test_sizes_take_turns(service: DiffusionService, models: FakeModels) -> None
 def test_progress_counts_denoising_steps(service: DiffusionService) -> None:
     reply = ask(service, steps=7, progress_every=2, sampler="pndm").wait()
     assert [(event.kind, event.step) for event in reply.events] == [
+        ("queued", 0),
         ("progress", 2),
         ("progress", 4),
         ("progress", 6),
@@ -227,6 +230,54 @@ def test_a_bug_anywhere_in_the_loop_is_an_error_and_never_silence(
     assert "a bug" in reply.error.message
 
 
+def test_a_request_that_can_not_be_done_in_time_is_refused_with_its_eta(
+    service: DiffusionService, models: FakeModels
+) -> None:
+    gate = Gate(models)
+    running = ask(service, steps=100)
+    gate.wait()
+    with pytest.raises(DeadlineError, match="would be done in") as refused:
+        ask(service, steps=150, deadline_ms=1)
+    assert refused.value.detail["eta_ms"] > refused.value.detail["deadline_ms"]
+    gate.open()
+    assert running.wait().error is None
+
+
+def test_a_deadline_that_passes_ends_the_request_and_frees_its_rows(
+    service: DiffusionService, models: FakeModels
+) -> None:
+    for _ in range(2):  # so that its speed is known, and it is let in
+        ask(service, steps=20).wait()
+    gate = Gate(models, at_call=len(models.rows) + 2)
+    late, stays = ask(service, steps=10, deadline_ms=2000), ask(service, steps=10, guidance_scale=1)
+    gate.wait()
+    assert late.ended.wait(0) is False
+    service.loop._clock = lambda: time.monotonic() + 10
+    gate.open()
+    error = late.wait().error
+    assert isinstance(error, DeadlineError)
+    assert error.detail["steps_done"] < 10
+    assert stays.wait().error is None
+
+
+def test_higher_priority_goes_first_when_rows_are_short(tmp_path: Path, models: FakeModels) -> None:
+    service = DiffusionService(write_deployment(tmp_path, "fake", max_rows=2), models.runner())
+    gate, ended = Gate(models), list[str]()
+    first = ask(service, steps=2)
+    gate.wait()
+    replies = {name: Recorder() for name in ("low", "high")}
+    for name, reply in replies.items():
+        reply.on_event = lambda event, name=name: ended.append(name)  # type: ignore[misc]
+        values = {"prompt": "a", "seed": 1, "steps": 4, "sampler": "ddim", "priority": 5 if name == "high" else 0}
+        service.submit(GenerateRequest(**values), reply)  # type: ignore[arg-type]
+    _until_encoded(service, 2)
+    gate.open()
+    for reply in (first, *replies.values()):
+        reply.wait()
+    assert ended == ["high", "low"]
+    service.close()
+
+
 def test_the_loop_outlives_a_bug_in_a_decision(service: DiffusionService, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(StepPolicy, "choose", lambda *_: 1 / 0)
@@ -252,11 +303,11 @@ def test_cancelled_rows_leave_before_the_next_step(service: DiffusionService, mo
 
 
 def test_more_requests_than_the_limit_are_turned_away(tmp_path: Path, models: FakeModels) -> None:
-    policy = StepPolicy(max_rows=8, max_requests=2)
-    service = DiffusionService(write_deployment(tmp_path, "fake"), models.runner(), policy)
+    policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 8, max_images=2)
+    service = DiffusionService(write_deployment(tmp_path, "fake"), models.runner(), policy=policy)
     gate = Gate(models)
     taken = [ask(service), ask(service)]
-    with pytest.raises(QueueFullError, match="at most 2"):
+    with pytest.raises(QueueFullError, match="the limit of 2; try again in"):
         ask(service)
     gate.open()
     for reply in taken:

@@ -1,8 +1,26 @@
 """The step engine: pure decisions (StepPolicy), tensors (LatentPool) and the thread that joins them (DenoiseLoop)."""
 
-from diffuserve.engine.loop import DenoiseLoop, LoopCheckpoint
-from diffuserve.engine.policy import Candidate, StepPolicy
+from diffuserve.engine.costs import CALIBRATION_ROWS, Group, StepCosts
+from diffuserve.engine.forecast import Demand, Forecast, forecast
+from diffuserve.engine.loop import DenoiseLoop, LoopCheckpoint, Trial
+from diffuserve.engine.policy import Candidate, Eta, Step, StepPolicy
 from diffuserve.engine.pool import LatentPool
 from diffuserve.engine.track import Track
 
-__all__ = ["Candidate", "DenoiseLoop", "LatentPool", "LoopCheckpoint", "StepPolicy", "Track"]
+__all__ = [
+    "CALIBRATION_ROWS",
+    "Candidate",
+    "Demand",
+    "DenoiseLoop",
+    "Eta",
+    "Forecast",
+    "Group",
+    "LatentPool",
+    "LoopCheckpoint",
+    "Step",
+    "StepCosts",
+    "StepPolicy",
+    "Track",
+    "Trial",
+    "forecast",
+]

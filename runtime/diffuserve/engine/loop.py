@@ -5,22 +5,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from diffuserve.components import ComponentRunner, check_rows
-from diffuserve.engine.policy import Candidate, StepPolicy
+from diffuserve.components import ComponentRunner, cast_inputs, check_rows
+from diffuserve.engine.costs import Group
+from diffuserve.engine.policy import StepPolicy
 from diffuserve.engine.pool import LatentPool
 from diffuserve.engine.track import Track
-from diffuserve.errors import CancelledError, DiffuserveError, InternalError
+from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
 from diffuserve.manifest import Component
+from diffuserve.telemetry import Telemetry
 
-__all__ = ["DenoiseLoop", "LoopCheckpoint"]
+__all__ = ["DenoiseLoop", "LoopCheckpoint", "Trial"]
 
 _log: Final = logging.getLogger(__name__)
+
+_IDLE_POOLS: Final = 4  # groups whose memory is kept although nothing of them runs
+_TRIAL_AGAIN_S: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +35,38 @@ class LoopCheckpoint:
     unet: Component
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A UNet call on no one's behalf, made while the loop is idle, so that its cost is known before it is needed."""
+
+    group: Group
+    rows: int
+    run: Callable[[], object]
+
+
 class DenoiseLoop:
     """Steps all joined tracks, batch by batch, on a thread of its own, until it is closed.
 
     Whatever is raised in a step reaches the tracks of that step as an error, and the others go on.
     """
 
-    def __init__(self, runner: ComponentRunner, policy: StepPolicy, checkpoints: Mapping[str, LoopCheckpoint]) -> None:
+    def __init__(
+        self,
+        runner: ComponentRunner,
+        policy: StepPolicy,
+        checkpoints: Mapping[str, LoopCheckpoint],
+        *,
+        telemetry: Telemetry | None = None,
+        device: torch.device | None = None,
+        trials: Iterable[Trial] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._runner, self._policy, self._checkpoints = runner, policy, checkpoints
-        self._pools: dict[tuple[str, int, int], LatentPool] = {}
+        self._telemetry, self._device, self._clock = telemetry or Telemetry(), device, clock
+        self._pools: dict[Group, LatentPool] = {}
         self._active: dict[int, Track] = {}
         self._joining: list[Track] = []
+        self._trials = list(trials)
         self._joined = 0
         self._closed = False
         self._wake = threading.Condition()
@@ -67,7 +93,8 @@ class DenoiseLoop:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
-                self._guarded(list(self._active.values()), self._turn)
+                if self._active:
+                    self._guarded(list(self._active.values()), self._turn)
         except BaseException as error:  # the thread must not end in silence: its clients would wait forever
             _log.exception("the denoising loop ended")
             self._stop(InternalError(f"the denoising loop ended: {error!r}"))
@@ -84,54 +111,90 @@ class DenoiseLoop:
             self._report(track.on_error, error)
 
     def _wait_for_work(self) -> bool:
+        """Let arrivals in, waiting for them where nothing runs. False once the loop is closed."""
         with self._wake:
-            while not (self._closed or self._joining or self._active):
+            idle = not (self._closed or self._joining or self._active)
+            if idle and not self._trials:
                 self._wake.wait()
             arrived, self._joining = self._joining, []
             closed = self._closed
+        if idle and self._trials and not arrived:
+            self._try()
         for track in arrived:
             self._guarded([track], lambda track=track: self._admit(track))  # type: ignore[misc]
         return not closed
 
+    def _try(self) -> None:
+        trial, started = self._trials[0], self._clock()
+        try:
+            trial.run()
+        except DiffuserveError as error:  # most likely Triton is still loading the component
+            _log.debug("a trial failed: %s", error)
+            with self._wake:
+                if not (self._closed or self._joining):
+                    self._wake.wait(_TRIAL_AGAIN_S)
+            return
+        except Exception:
+            _log.exception("a trial failed")
+        else:
+            self._policy.costs.observe(trial.group, trial.rows, self._clock() - started)
+        del self._trials[0]
+
     def _turn(self) -> None:
-        """Let the cancelled leave, choose, step, and let the finished leave."""
+        """Let the cancelled and the late leave, choose, step, and let the finished leave."""
+        now = self._clock()
         for track in list(self._active.values()):
-            self._guarded([track], lambda track=track: self._drop_if_cancelled(track))  # type: ignore[misc]
-        chosen = self._policy.choose([self._candidate(key, track) for key, track in self._active.items()])
-        tracks = [self._active[one.key] for one in chosen]
-        if tracks:
-            self._guarded(tracks, lambda: self._step(tracks))
+            self._guarded([track], lambda track=track: self._drop(track, now))  # type: ignore[misc]
+        step = self._policy.choose([track.candidate() for track in self._active.values()], now)
+        if step is None:
+            return
+        tracks = [self._active[one.key] for one in step.chosen]
+        self._guarded(tracks, lambda: self._step(tracks, step.rows))
         for track in tracks:
             if track.slot >= 0:
                 self._guarded([track], lambda track=track: self._after_step(track))  # type: ignore[misc]
 
     def _admit(self, track: Track) -> None:
         self._joined += 1
-        track.joined = self._joined
-        self._pools.setdefault(track.group, LatentPool()).join(track)
+        track.joined, track.joined_at = self._joined, self._clock()
+        track.waiting_since = track.joined_at
+        self._pools.setdefault(track.group, LatentPool(self._device)).join(track)
         self._active[track.joined] = track
 
-    def _drop_if_cancelled(self, track: Track) -> None:
+    def _drop(self, track: Track, now: float) -> None:
         if track.is_cancelled():
             raise CancelledError("the client cancelled")
+        if self._policy.is_late(track.candidate(), now):
+            raise DeadlineError(
+                f"the deadline passed after {track.steps_done(track.evaluation)} of {track.trajectory.steps} steps; "
+                "allow more time, or ask for fewer steps",
+                steps_done=track.steps_done(track.evaluation),
+            )
 
-    @staticmethod
-    def _candidate(key: int, track: Track) -> Candidate:
-        return Candidate(key, track.group, track.rows, track.last_stepped, track.joined)
-
-    def _step(self, tracks: Sequence[Track]) -> None:
-        unet = self._checkpoints[tracks[0].group[0]].unet
+    def _step(self, tracks: Sequence[Track], rows: int) -> None:
+        group, started, engine = tracks[0].group, self._clock(), 0.0
+        unet = self._checkpoints[group.checkpoint].unet
+        trace = next((track.trace for track in tracks if track.trace is not None), None)
         self.calls += 1
         for track in tracks:
-            track.last_stepped = self.calls
+            track.waiting_since = started
             if not track.joined_at_step:
-                track.joined_at_step, track.started_at = self.calls, time.monotonic()
+                track.joined_at_step, track.started_at = self.calls, started
+                self._telemetry.joined(group.checkpoint, started - track.joined_at)
+                track.on_start()
 
         def denoise(sample: torch.Tensor, timestep: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+            nonlocal engine
             inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": hidden_states}
-            return check_rows(unet, self._runner.run(unet, inputs)["model_output"], len(sample))
+            called = self._clock()
+            outputs = self._runner.run(unet, cast_inputs(unet, inputs), trace=trace)
+            engine = self._clock() - called
+            return check_rows(unet, outputs["model_output"], len(sample))
 
-        self._pools[tracks[0].group].step(tracks, denoise)
+        self._pools[group].step(tracks, denoise, rows)
+        seconds = self._clock() - started
+        self._policy.costs.observe(group, rows, seconds)
+        self._telemetry.stepped(group, rows, seconds, engine)
 
     def _after_step(self, track: Track) -> None:
         done = track.steps_done(track.evaluation)
@@ -142,7 +205,11 @@ class DenoiseLoop:
 
     def _leave(self, track: Track) -> torch.Tensor:
         del self._active[track.joined]
-        return self._pools[track.group].leave(track)
+        pool = self._pools[track.group]
+        latents = pool.leave(track)
+        if pool.is_empty and len(self._pools) > _IDLE_POOLS:
+            del self._pools[track.group]
+        return latents
 
     def _guarded(self, tracks: Sequence[Track], act: Callable[[], None]) -> None:
         """Do something for some tracks; if it raises, they leave with the error and the loop goes on."""

@@ -1,70 +1,219 @@
-"""What to do next: decisions on counts and turns alone, with no tensor, thread or clock in sight."""
+"""What to do next: decisions on counts, shapes, costs and clocks alone, with no tensor and no thread in sight.
+
+The same class decides in the server, in tests with a fake clock, and in simulations. Times are seconds of one
+monotonic clock, which callers read and pass in as `now`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import heapq
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
 
-from diffuserve.errors import QueueFullError
+from diffuserve.engine.costs import Group, StepCosts
+from diffuserve.engine.forecast import Demand, forecast
+from diffuserve.errors import DeadlineError, QueueFullError
 
-__all__ = ["Candidate", "Group", "StepPolicy"]
+__all__ = ["Candidate", "Eta", "Step", "StepPolicy"]
 
-
-class Group(NamedTuple):
-    """Images that may share a UNet call: one checkpoint, one size in pixels."""
-
-    checkpoint: str
-    height: int
-    width: int
+MAX_IMAGES: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One image that could be stepped.
 
-    Images of one `group` (checkpoint and size) may share a UNet call. `rows` is 2 with guidance and 1 without.
-    `last_stepped` is the number of the call that stepped it last, or 0; `joined` orders arrivals.
+    `rows` is 2 with guidance and 1 without. `remaining` counts the UNet evaluations still to come. `waiting_since`
+    is when the image joined or was last stepped; `joined` orders arrivals. `deadline` is a time, or None.
     """
 
     key: int
-    group: Hashable
+    group: Group
     rows: int
-    last_stepped: int
+    remaining: int
     joined: int
+    waiting_since: float
+    priority: int = 0
+    tag: str = ""
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class StepPolicy:
-    """Admission and the choice of each UNet call's rows.
+class Eta:
+    """When a request is expected to be done, in `seconds`; `raw` is the forecast before experience corrected it."""
 
-    `max_requests` bounds the requests that are in the server at once, `max_rows` the rows of one UNet call.
+    seconds: float
+    raw: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One UNet call: whose rows go in, in the order in which they joined, and how many rows it has with padding."""
+
+    chosen: tuple[Candidate, ...]
+    rows: int
+
+
+def kind_of(demands: Sequence[Demand]) -> Hashable:
+    """Requests that take alike outside of stepping: the same size and as many images."""
+    return demands[0].group, len(demands)
+
+
+@dataclass(slots=True, kw_only=True)
+class StepPolicy:
+    """Admission, and the choice of each UNet call's rows. The only place that decides; not thread safe.
+
+    max_rows      the rows that a group's engine profile takes in one call, 2 at least
+    max_images    the images that may be in the server at once
+    row_buckets   the row counts of an engine that wants fixed shapes, ascending; empty for any count
+    target_step   seconds that a call should not exceed, where a smaller one is possible; None is no target
+    efficiency    of the best rows a second that is enough: more rows a call would only make each step slower
+    ageing        seconds without a step after which an image counts as one priority higher
     """
 
-    max_rows: int
-    max_requests: int = 256
+    costs: StepCosts
+    max_rows: Callable[[Group], int]
+    max_images: int = MAX_IMAGES
+    row_buckets: tuple[int, ...] = ()
+    target_step: float | None = None
+    efficiency: float = 0.9
+    ageing: float = 5.0
+    # Work that each client tag has had, as fair queueing's virtual time (Goyal et al. 1996, start-time fair queueing):
+    # kept for tags with images in the server only, so its size is bounded.
+    _served: dict[str, float] = field(default_factory=dict, init=False)
+    _called: dict[Group, int] = field(default_factory=dict, init=False)
+    _calls: int = field(default=0, init=False)
 
-    def admit(self, requests: int) -> None:
-        """Raise QueueFullError where one more request, beside `requests` in the server, would be too many."""
-        if requests >= self.max_requests:
-            raise QueueFullError(
-                f"{requests} requests are in the server, and at most {self.max_requests} are taken; try again later",
-                waiting=requests,
-                maximum=self.max_requests,
-            )
+    def admit(
+        self, demands: Sequence[Demand], present: Sequence[Demand], now: float, deadline: float | None = None
+    ) -> Eta:
+        """When new images will be done, beside those that are present.
 
-    def choose(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The images of the next UNet call: all of one group, at most `max_rows` rows.
-
-        Least recently stepped first, then first come first, so groups take turns and nothing starves. What is
-        chosen keeps the order in which it joined, so that a call's rows do not move about from step to step.
+        Raises QueueFullError where they are too many, DeadlineError where the deadline cannot be met.
         """
-        waiting = sorted(candidates, key=lambda one: (one.last_stepped, one.joined))
-        if not waiting:
-            return []
-        group, rows, chosen = waiting[0].group, 0, list[Candidate]()
-        for one in waiting:
-            if one.group == group and rows + one.rows <= self.max_rows:
+        if len(present) + len(demands) > self.max_images:
+            room = self.costs.corrected(forecast(present, self.calls_of, present).earliest)
+            raise QueueFullError(
+                f"{len(present)} images are in the server, and with {len(demands)} more they would exceed the limit of "
+                f"{self.max_images}; try again in {room:.1f} s",
+                waiting=len(present),
+                maximum=self.max_images,
+                eta_ms=round(1000 * room),
+            )
+        stepping = forecast([*present, *demands], self.calls_of, demands).latest
+        raw = stepping + self.costs.around(kind_of(demands))
+        eta = Eta(self.costs.corrected(raw), raw)
+        if deadline is not None and now + eta.seconds > deadline:
+            raise DeadlineError(
+                f"the request would be done in {eta.seconds:.2f} s, after its deadline of {deadline - now:.2f} s; "
+                "allow more time, or ask for fewer steps",
+                eta_ms=round(1000 * eta.seconds),
+                deadline_ms=round(1000 * (deadline - now)),
+            )
+        return eta
+
+    def learn(self, demands: Sequence[Demand], eta: Eta, around: float, actual: float) -> None:
+        """A request that was admitted with `eta` is done, after `actual` seconds, `around` of them without stepping."""
+        self.costs.observe_request(kind_of(demands), around, eta.raw, actual)
+
+    @staticmethod
+    def is_late(candidate: Candidate, now: float) -> bool:
+        return candidate.deadline is not None and now > candidate.deadline
+
+    def level(self, candidate: Candidate, now: float) -> int:
+        """Priority with ageing: it grows without bound while an image is not stepped, so none starves."""
+        return candidate.priority + int(max(0.0, now - candidate.waiting_since) / self.ageing)
+
+    def row_cap(self, group: Group) -> int:
+        """The most rows of a group's next call."""
+        most = max(2, self.max_rows(group))
+        cap = self.costs.efficient_rows(group, most, self.efficiency)
+        if self.target_step is not None:
+            while cap > 2 and self.costs.seconds(group, cap) > self.target_step:
+                cap -= 1
+        cap = max(2, cap)
+        buckets = [bucket for bucket in self.row_buckets if bucket <= most]
+        # A bucket is paid for whole, so it is filled.
+        return next((bucket for bucket in buckets if bucket >= cap), buckets[-1] if buckets else cap)
+
+    def choose(self, candidates: Sequence[Candidate], now: float) -> Step | None:
+        """The next UNet call: images of one group.
+
+        Highest level first; among equals the client tag that had the least work so far; then, of one tag, the group
+        that was called longest ago; within a group the image with the least left to do, which keeps short requests
+        short (shortest remaining time first), while ageing bounds how long the others wait.
+        """
+        self._forget_the_gone(candidates)
+        if not candidates:
+            return None
+        levels = {one.key: self.level(one, now) for one in candidates}
+        top = max(levels.values())
+        first = min(
+            (one for one in candidates if levels[one.key] == top),
+            key=lambda one: (self._served[one.tag], self._called.get(one.group, 0), one.joined),
+        )
+        group = first.group
+        chosen = self._fill([one for one in candidates if one.group == group], levels, self.row_cap(group))
+        chosen, rows = self._fit_to_buckets(group, chosen)
+        self._calls += 1
+        self._called[group] = self._calls
+        for one in chosen:
+            self._served[one.tag] += one.rows * group.pixels
+        return Step(tuple(sorted(chosen, key=lambda one: one.joined)), rows)
+
+    def _forget_the_gone(self, candidates: Sequence[Candidate]) -> None:
+        tags = {one.tag for one in candidates}
+        groups = {one.group for one in candidates}
+        # A tag that comes, or comes back, starts level with the one that had least: it has no credit for its absence.
+        floor = min((served for tag, served in self._served.items() if tag in tags), default=0.0)
+        self._served = {tag: self._served.get(tag, floor) for tag in tags}
+        self._called = {group: call for group, call in self._called.items() if group in groups}
+
+    def _fill(self, candidates: Iterable[Candidate], levels: dict[int, int], cap: int) -> list[Candidate]:
+        """Candidates in the order of their claim, as many as fit; tags take turns by the work they had."""
+        queues: dict[tuple[int, str], list[Candidate]] = {}
+        for one in candidates:
+            queues.setdefault((-levels[one.key], one.tag), []).append(one)
+        for queue in queues.values():
+            queue.sort(key=lambda one: (one.remaining, one.joined), reverse=True)  # the next one is the last
+        turns = [(level, self._served[tag], tag) for level, tag in queues]
+        heapq.heapify(turns)
+        chosen, rows = list[Candidate](), 0
+        while turns and rows < cap:
+            level, served, tag = heapq.heappop(turns)
+            queue = queues[level, tag]
+            one = queue.pop()
+            if rows + one.rows <= cap:
                 chosen.append(one)
                 rows += one.rows
-        return sorted(chosen, key=lambda one: one.joined)
+                served += one.rows * one.group.pixels
+            if queue:
+                heapq.heappush(turns, (level, served, tag))
+        return chosen
+
+    def _fit_to_buckets(self, group: Group, chosen: list[Candidate]) -> tuple[list[Candidate], int]:
+        """For fixed row counts: pad to the next one, or fill a smaller one and leave the rest, whichever is cheaper."""
+        rows = sum(one.rows for one in chosen)
+        above = next((bucket for bucket in self.row_buckets if bucket >= rows), None)
+        if above is None or above == rows:
+            return chosen, rows
+        below = max((bucket for bucket in self.row_buckets if bucket < rows), default=None)
+        if below is None:
+            return chosen, above
+        rest = next(bucket for bucket in self.row_buckets if bucket >= rows - below)
+        if self.costs.seconds(group, above) <= self.costs.seconds(group, below) + self.costs.seconds(group, rest):
+            return chosen, above
+        kept, filled = list[Candidate](), 0
+        for one in chosen:
+            if filled + one.rows <= below:
+                kept.append(one)
+                filled += one.rows
+        return kept, below
+
+    def calls_of(self, group: Group) -> tuple[int, Callable[[int], float]]:
+        """A group's row cap and what its calls cost, as forecasts take them."""
+        return self.row_cap(group), lambda rows: self.costs.seconds(group, self._padded(rows))
+
+    def _padded(self, rows: int) -> int:
+        return next((bucket for bucket in self.row_buckets if bucket >= rows), rows)

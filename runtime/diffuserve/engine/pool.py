@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -13,91 +14,157 @@ from diffuserve.sampling import HISTORY
 __all__ = ["LatentPool"]
 
 _FIRST_CAPACITY: Final = 8
+_MOVED: Final = torch.empty(0)
 
 #: sample [rows, C, h, w], timestep [rows], hidden_states [rows, tokens, D] -> model output [rows, C, h, w]
 Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What stays the same from one call to the next while the same images run: which row is whose.
+
+    Rows are images' in their order, each the conditional one and, with guidance, the unconditional one after it;
+    beyond them the last row is repeated as padding.
+    """
+
+    tracks: tuple[Track, ...]
+    rows: int
+    slots: torch.Tensor  # [images]
+    image_of_row: torch.Tensor  # [rows]
+    conditional: torch.Tensor  # [images], a row each
+    unconditional: torch.Tensor  # [images]; the same row where there is no guidance
+    hidden_states: torch.Tensor  # [rows, tokens, D]
+    guidance_scale: torch.Tensor  # [images, 1, 1, 1]
+    guidance_rescale: torch.Tensor | None  # [images, 1, 1, 1], where any image has one
+
+
 class LatentPool:
     """Slots for the images of one group (checkpoint and size). Owned by the loop's thread alone.
 
-    Tensors are allocated once and doubled when they are full, so steps allocate only what a call needs.
+    Tensors are float32 on `device`, allocated once and doubled when they are full, so that steps allocate only what
+    a call needs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
         self._free: list[int] = []
         self._capacity = 0
-        self._latents = torch.empty(0)
-        self._history = torch.empty(0)
-        self._hidden = torch.empty(0)
+        self._latents = self._history = self._hidden = _MOVED
+        self._batch: _Batch | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return len(self._free) == self._capacity
 
     def join(self, track: Track) -> None:
+        """Give a track a slot; its tensors move here."""
         if not self._free:
             self._grow(track)
         slot = self._free.pop()
         self._latents[slot] = track.latents
         self._history[slot] = 0
         self._hidden[slot, : track.rows] = track.hidden_states
-        track.slot = slot
+        track.slot, track.latents, track.hidden_states = slot, _MOVED, _MOVED
 
     def leave(self, track: Track) -> torch.Tensor:
         """Free the slot; the image's latents [C, h, w]."""
         latents = self._latents[track.slot].clone()
         self._free.append(track.slot)
         track.slot = -1
+        self._batch = None
         return latents
 
     def _grow(self, track: Track) -> None:
         old, self._capacity = self._capacity, max(_FIRST_CAPACITY, 2 * self._capacity)
-        grown = (
-            torch.zeros(self._capacity, *track.latents.shape),
-            torch.zeros(self._capacity, HISTORY, *track.latents.shape),
-            torch.zeros(self._capacity, 2, *track.hidden_states.shape[1:]),
+        shapes = (
+            track.latents.shape,
+            (HISTORY, *track.latents.shape),
+            (2, *track.hidden_states.shape[1:]),
         )
+        grown = [torch.zeros(self._capacity, *shape, device=self._device) for shape in shapes]
         for new, tensor in zip(grown, (self._latents, self._history, self._hidden), strict=True):
             if old:
                 new[:old] = tensor
         self._latents, self._history, self._hidden = grown
         self._free.extend(reversed(range(old, self._capacity)))
 
-    def step(self, tracks: Sequence[Track], denoise: Denoise) -> None:
-        """One UNet evaluation of each track, in one call, and the update of Trajectory's docstring on all of them."""
-        slots = torch.tensor([track.slot for track in tracks])
-        numbers = torch.stack([track.coefficients[track.evaluation] for track in tracks])[:, :, None, None, None]
+    def step(self, tracks: Sequence[Track], denoise: Denoise, rows: int = 0) -> None:
+        """One UNet evaluation of each track, in one call, and the update of Trajectory's docstring on all of them.
+
+        The call has `rows` rows where that is more than the tracks have.
+        """
+        batch = self._batch_of(tracks, rows)
+        numbers = torch.stack([track.coefficients[track.evaluation] for track in tracks]).to(self._device)
+        numbers = numbers[:, :, None, None, None]
         scale, p, q, a, c = numbers[:, :5].unbind(1)
         b = numbers[:, 5:]
-        latents = self._latents[slots]
-        output = self._guided_output(tracks, slots, latents * scale, denoise)
+        latents, history = self._latents[batch.slots], self._history[batch.slots]
+        output = self._guided(batch, latents * scale, denoise)
 
-        history = self._history[slots]
         u = p * latents + q * output
         updated = a * latents + b[:, 0] * u + (b[:, 1:] * history).sum(dim=1)
         noise = self._noise(tracks, latents.shape)
         if noise is not None:
             updated += c * noise
-        self._latents[slots] = updated
-        self._remember(tracks, slots, u, history)
+        self._latents[batch.slots] = updated
+        self._remember(batch, u, history)
         for track in tracks:
             track.evaluation += 1
 
-    def _guided_output(
-        self, tracks: Sequence[Track], slots: torch.Tensor, scaled: torch.Tensor, denoise: Denoise
-    ) -> torch.Tensor:
-        """Rows out, rows back, and classifier-free guidance (Ho & Salimans 2022, eq. 6, as diffusers writes it)."""
+    def _batch_of(self, tracks: Sequence[Track], rows: int) -> _Batch:
+        batch, tracks = self._batch, tuple(tracks)
+        rows = max(rows, sum(track.rows for track in tracks))
+        if batch is None or batch.tracks != tracks or batch.rows != rows:
+            batch = self._batch = self._new_batch(tracks, rows)
+        return batch
+
+    def _new_batch(self, tracks: tuple[Track, ...], rows: int) -> _Batch:
         image_of_row = [i for i, track in enumerate(tracks) for _ in range(track.rows)]
         kind_of_row = [kind for track in tracks for kind in range(track.rows)]
-        rows = torch.tensor(image_of_row)
-        timestep = torch.tensor([float(track.trajectory.timestep[track.evaluation]) for track in tracks])
-        output = denoise(scaled[rows], timestep[rows], self._hidden[slots[rows], torch.tensor(kind_of_row)]).float()
+        conditional = [row for row, kind in enumerate(kind_of_row) if kind == 0]
+        unconditional = [row + track.rows - 1 for row, track in zip(conditional, tracks, strict=True)]
+        padding = rows - len(image_of_row)
+        image_of_row += image_of_row[-1:] * padding
+        kind_of_row += kind_of_row[-1:] * padding
 
-        first = [row for row, kind in enumerate(kind_of_row) if kind == 0]
-        last = [row + track.rows - 1 for row, track in zip(first, tracks, strict=True)]
-        conditional, unconditional = output[first], output[last]  # the same row where there is no guidance
-        guidance = torch.tensor([track.guidance_scale for track in tracks])[:, None, None, None]
-        return unconditional + guidance * (conditional - unconditional)
+        def on_device(values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=self._device)
 
-    @staticmethod
-    def _noise(tracks: Sequence[Track], shape: torch.Size) -> torch.Tensor | None:
+        def per_image(values: Sequence[float]) -> torch.Tensor:
+            return on_device(values, torch.float32)[:, None, None, None]
+
+        slots = on_device([track.slot for track in tracks])
+        images = on_device(image_of_row)
+        rescale = [track.guidance_rescale if track.rows == 2 else 0.0 for track in tracks]
+        return _Batch(
+            tracks=tracks,
+            rows=rows,
+            slots=slots,
+            image_of_row=images,
+            conditional=on_device(conditional),
+            unconditional=on_device(unconditional),
+            hidden_states=self._hidden[slots[images], on_device(kind_of_row)],
+            guidance_scale=per_image([track.guidance_scale for track in tracks]),
+            guidance_rescale=per_image(rescale) if any(rescale) else None,
+        )
+
+    def _guided(self, batch: _Batch, scaled: torch.Tensor, denoise: Denoise) -> torch.Tensor:
+        """Rows out, rows back, and classifier-free guidance (Ho & Salimans 2022, eq. 6, as diffusers writes it)."""
+        # float32 always: half precision turns 721.37 into 721.5.
+        told = [float(track.trajectory.timestep[track.evaluation]) for track in batch.tracks]
+        timestep = torch.tensor(told, device=self._device)[batch.image_of_row]
+        output = denoise(scaled[batch.image_of_row], timestep, batch.hidden_states).float()
+        conditional, unconditional = output[batch.conditional], output[batch.unconditional]
+        guided = unconditional + batch.guidance_scale * (conditional - unconditional)
+        if batch.guidance_rescale is None:
+            return guided
+        # Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", eq. 15-16.
+        spread = conditional.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
+        rescaled = batch.guidance_rescale * spread * guided + (1 - batch.guidance_rescale) * guided
+        return torch.where(batch.guidance_rescale > 0, rescaled, guided)
+
+    def _noise(self, tracks: Sequence[Track], shape: torch.Size) -> torch.Tensor | None:
         """Fresh noise where a track's trajectory draws it, in diffusers' order; None where none does."""
         drawing = [(i, track) for i, track in enumerate(tracks) if track.trajectory.draws[track.evaluation]]
         if not drawing:
@@ -106,9 +173,12 @@ class LatentPool:
         for i, track in drawing:
             for _ in range(int(track.trajectory.draws[track.evaluation])):
                 noise[i] = torch.randn((1, *shape[1:]), generator=track.generator)[0]
-        return noise
+        return noise.to(self._device)
 
-    def _remember(self, tracks: Sequence[Track], slots: torch.Tensor, u: torch.Tensor, history: torch.Tensor) -> None:
+    def _remember(self, batch: _Batch, u: torch.Tensor, history: torch.Tensor) -> None:
         shifted = torch.cat([u[:, None], history[:, : HISTORY - 1]], dim=1)
-        kept = torch.tensor([bool(track.trajectory.remember[track.evaluation]) for track in tracks])
-        self._history[slots] = torch.where(kept[:, None, None, None, None], shifted, history)
+        kept = [bool(track.trajectory.remember[track.evaluation]) for track in batch.tracks]
+        if not all(kept):
+            mask = torch.tensor(kept, device=self._device)[:, None, None, None, None]
+            shifted = torch.where(mask, shifted, history)
+        self._history[batch.slots] = shifted

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from diffuserve.engine.costs import Group
+from diffuserve.engine.forecast import Demand
+from diffuserve.engine.policy import Candidate
 from diffuserve.sampling import Trajectory
 
 __all__ = ["Track"]
@@ -17,46 +19,75 @@ _NOTHING: Callable[..., None] = lambda *_: None  # noqa: E731 - a default for ca
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Track:
-    """One image's state, as it joins: the loop copies its tensors into a pool slot and counts its evaluations.
+    """One image's state, as it joins: the loop moves its tensors into a pool slot and counts its evaluations.
 
     latents              [C, h, w] float32, already scaled by the trajectory's initial_scale
     hidden_states        [rows, tokens, D]: the prompt's, then, with guidance, the negative prompt's
-    generator            the source of fresh noise; the one that drew the first latents
+    generator            the source of fresh noise, on the CPU; the one that drew the first latents
+    deadline             of the loop's clock, in seconds, or None
+    on_start()           when its first UNet call begins
     on_step(done)        whenever a denoising step is complete, with their number
     on_latents(latents)  once, with the final latents [C, h, w] float32
     on_error(error)      once, instead
     is_cancelled()       asked before each step
     """
 
-    group: tuple[str, int, int]
+    group: Group
     trajectory: Trajectory
     guidance_scale: float
     latents: torch.Tensor
     hidden_states: torch.Tensor
     generator: torch.Generator
+    guidance_rescale: float = 0.0
+    priority: int = 0
+    tag: str = ""
+    deadline: float | None = None
+    trace: object | None = None
     on_latents: Callable[[torch.Tensor], None] = _NOTHING
     on_error: Callable[[BaseException], None] = _NOTHING
+    on_start: Callable[[], None] = _NOTHING
     on_step: Callable[[int], None] = _NOTHING
     is_cancelled: Callable[[], bool] = lambda: False
-    coefficients: Any = field(init=False)
+    rows: int = field(init=False)
+    coefficients: torch.Tensor = field(init=False)
     slot: int = -1
     evaluation: int = 0
     joined: int = 0
     joined_at_step: int = 0
+    joined_at: float = 0.0
     started_at: float = 0.0
-    last_stepped: int = 0
+    waiting_since: float = 0.0
 
     def __post_init__(self) -> None:
+        self.rows = int(self.hidden_states.shape[0])
         self.coefficients = torch.from_numpy(self.trajectory.coefficients())
-
-    @property
-    def rows(self) -> int:
-        return int(self.hidden_states.shape[0])
 
     @property
     def is_done(self) -> bool:
         return self.evaluation == self.trajectory.evaluations
 
+    @property
+    def remaining(self) -> int:
+        return self.trajectory.evaluations - self.evaluation
+
     def steps_done(self, evaluations: int) -> int:
         """How many denoising steps are complete after that many evaluations."""
         return int(self.trajectory.steps_done[evaluations - 1]) if evaluations else 0
+
+    def candidate(self) -> Candidate:
+        """What the policy sees of it."""
+        return Candidate(
+            key=self.joined,
+            group=self.group,
+            rows=self.rows,
+            remaining=self.remaining,
+            joined=self.joined,
+            waiting_since=self.waiting_since,
+            priority=self.priority,
+            tag=self.tag,
+            deadline=self.deadline,
+        )
+
+    def demand(self) -> Demand:
+        """What forecasts see of it."""
+        return Demand(self.group, self.rows, self.remaining, self.priority)

@@ -1,0 +1,128 @@
+"""What UNet calls cost, as measured: the only source of every estimate of time."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Hashable
+from statistics import median
+from typing import Final, NamedTuple
+
+__all__ = ["CALIBRATION_ROWS", "Group", "Medians", "StepCosts"]
+
+_WINDOW: Final = 9  # measurements of one kind that are remembered; their median is the estimate
+_UNMEASURED_S: Final = 0.1  # one row at 512x512, before anything was measured
+_UNMEASURED_PIXELS: Final = 512 * 512
+_NEWS: Final = 0.02  # a relative change from which decisions are made anew
+_FIXED_SHARE: Final = 0.3  # of a call's time, where one row count only was measured
+CALIBRATION_ROWS: Final = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+class Group(NamedTuple):
+    """Images that may share a UNet call: one checkpoint, one size in pixels."""
+
+    checkpoint: str
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+
+class Medians:
+    """The median of the last few measurements of each kind, for a bounded number of kinds."""
+
+    def __init__(self, kinds: int = 256) -> None:
+        self._kinds = kinds
+        self._windows: dict[Hashable, tuple[float, ...]] = {}
+
+    def observe(self, kind: Hashable, value: float) -> None:
+        # A new tuple instead of a changed one: other threads read while one writes.
+        self._windows[kind] = (*self._windows.pop(kind, ())[1 - _WINDOW :], value)  # and it is now the newest kind
+        if len(self._windows) > self._kinds:
+            del self._windows[next(iter(self._windows))]
+
+    def get(self, kind: Hashable, default: float = 0.0) -> float:
+        window = self._windows.get(kind)
+        return median(window) if window else default
+
+
+class StepCosts:
+    """Seconds of a UNet call by its group and row count.
+
+    A row count that was not measured lies on the line between its measured neighbours, or beyond the last two; a
+    group that was not measured is taken from one of the same checkpoint, in proportion to its pixels.
+    """
+
+    def __init__(self) -> None:
+        self._medians = Medians(kinds=4096)
+        self._rows: dict[Group, tuple[int, ...]] = {}
+        self._around_steps = Medians()
+        self._optimism = Medians(kinds=1)
+        self._efficient: dict[tuple[Group, int, float], int] = {}
+
+    def observe(self, group: Group, rows: int, seconds: float) -> None:
+        """Remember what a call took."""
+        before = self._medians.get((group, rows))
+        self._medians.observe((group, rows), seconds)
+        measured = self._rows.get(group, ())
+        if rows not in measured:
+            self._rows[group] = tuple(sorted((*measured, rows)))
+        if abs(self._medians.get((group, rows)) - before) > _NEWS * before:
+            self._efficient.clear()
+
+    def seconds(self, group: Group, rows: int) -> float:
+        """The estimate for a call of that many rows."""
+        measured = self._rows.get(group)
+        if not measured:
+            return self._from_another_size(group, rows)
+        points = [(count, self._medians.get((group, count))) for count in self._neighbours(measured, rows)]
+        if len(points) == 1:
+            count, cost = points[0]
+            return cost * (_FIXED_SHARE + (1 - _FIXED_SHARE) * rows / count)
+        (low, low_s), (high, high_s) = points
+        slope = (high_s - low_s) / (high - low)
+        if rows > high:  # never cheaper than the largest that was measured, nor a row dearer than its average
+            return high_s + (rows - high) * min(max(slope, 0.0), high_s / high)
+        return max(low_s + (rows - low) * slope, low_s * min(1.0, rows / low))
+
+    @staticmethod
+    def _neighbours(measured: tuple[int, ...], rows: int) -> tuple[int, ...]:
+        """The measured row counts on both sides of `rows`, the two nearest ones at an end, or the only one."""
+        if len(measured) == 1:
+            return measured
+        at = min(max(bisect_left(measured, rows), 1), len(measured) - 1)
+        return measured[at - 1 : at + 1]
+
+    def _from_another_size(self, group: Group, rows: int) -> float:
+        others = [other for other in self._rows if other.checkpoint == group.checkpoint]
+        if not others:
+            return _UNMEASURED_S * rows * group.pixels / _UNMEASURED_PIXELS
+        nearest = min(others, key=lambda other: abs(other.pixels - group.pixels))
+        return self.seconds(nearest, rows) * group.pixels / nearest.pixels
+
+    def efficient_rows(self, group: Group, most: int, efficiency: float) -> int:
+        """The fewest rows, up to `most`, at which a call makes `efficiency` of the best rows a second."""
+        key = (group, most, efficiency)
+        if key not in self._efficient:
+            counts = [count for count in CALIBRATION_ROWS if count < most] + [most]
+            rates = [count / self.seconds(group, count) for count in counts]
+            enough = efficiency * max(rates)
+            self._efficient[key] = next(count for count, rate in zip(counts, rates, strict=True) if rate >= enough)
+        return self._efficient[key]
+
+    def observe_request(self, kind: Hashable, around: float, forecast: float, actual: float) -> None:
+        """Remember a request that is done: the seconds that it spent outside of stepping, and all of its seconds
+        beside what had been forecast.
+        """
+        self._around_steps.observe(kind, around)
+        if forecast > 0:
+            self._optimism.observe("", min(max(actual / forecast, 0.5), 4.0))
+
+    def around(self, kind: Hashable) -> float:
+        """Seconds that requests of a kind spend outside of stepping: text encoding, VAE decoding, the image file."""
+        return self._around_steps.get(kind)
+
+    def corrected(self, forecast: float) -> float:
+        """A forecast made as long as requests lately turned out to be: it knows nothing of those still to come."""
+        return forecast * self._optimism.get("", 1.0)

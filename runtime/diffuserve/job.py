@@ -1,0 +1,128 @@
+"""One request on its way through the service: its images, its reply, and what is known of its times."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from diffuserve.checkpoint import ResolvedRequest
+from diffuserve.engine import Demand, Eta, Track
+from diffuserve.errors import DeadlineError, DiffuserveError, InternalError
+from diffuserve.request import Event, EventKind
+
+__all__ = ["Job", "Reply"]
+
+
+class Reply(Protocol):
+    """One request's way back to its client. Called from several threads, one call at a time."""
+
+    def send(self, event: Event, *, final: bool) -> None: ...
+
+    def fail(self, error: DiffuserveError) -> None: ...
+
+    def is_cancelled(self) -> bool: ...
+
+
+class Job:
+    """Counts a request's images, and answers the reply's end exactly once.
+
+    `demands` is what its images will take in UNet calls, `eta` what its client was told. Times are monotonic seconds.
+    """
+
+    def __init__(
+        self, resolved: ResolvedRequest, demands: Sequence[Demand], reply: Reply, request_id: str, trace: object | None
+    ) -> None:
+        self.resolved, self.request_id, self.trace = resolved, request_id, trace
+        self.accepted_at = time.monotonic()
+        wait_ms = resolved.request.deadline_ms
+        self.deadline = self.accepted_at + wait_ms / 1000 if wait_ms else None
+        self.demands = tuple(demands)
+        self.eta = Eta(0.0, 0.0)
+        self.tracks: tuple[Track, ...] = ()
+        self.ready_at = self.stepped_at = 0.0
+        self.tokens_cut = 0
+        self._reply = reply
+        self._left = resolved.request.num_images
+        self._ended = False
+        self._lock = threading.Lock()
+        #: Called once, with "done" or the error's code, before the final response is sent.
+        self.on_end: Callable[[Job, str], None] = lambda *_: None
+
+    def present(self) -> list[Demand]:
+        """What is left of its images' UNet calls."""
+        if not self.tracks:
+            return list(self.demands)
+        return [track.demand() for track in self.tracks if track.remaining]
+
+    def is_waiting(self) -> bool:
+        """Whether none of its images has been stepped."""
+        return not any(track.joined_at_step for track in self.tracks)
+
+    def is_cancelled(self) -> bool:
+        return self._ended or self._reply.is_cancelled()
+
+    def check_deadline(self) -> None:
+        """Raises DeadlineError once it has passed."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise DeadlineError("the deadline passed before the first step; allow more time", steps_done=0)
+
+    def queued(self) -> None:
+        """Tell a client that wants to see progress what it waits for."""
+        if self.resolved.request.progress_every:
+            self._send(self._event("queued", 0, 0, b"", {"eta_ms": round(1000 * self.eta.seconds)}))
+
+    def step(self, track: Track, index: int, done: int) -> None:
+        every = self.resolved.request.progress_every
+        if every and done % every == 0 and not track.is_done:
+            info = {"joined_at_step": track.joined_at_step}
+            self._send(self._event("progress", index, done, b"", info))
+
+    def image(self, track: Track, index: int, data: bytes) -> None:
+        """One picture; the last one ends the request."""
+        info = {
+            **self.resolved.parameters(index),
+            "joined_at_step": track.joined_at_step,
+            "queued_s": round(track.started_at - self.accepted_at, 4),
+            "run_s": round(time.monotonic() - track.started_at, 4),
+            "eta_s": round(self.eta.seconds, 4),
+            "prompt_tokens_cut": self.tokens_cut,
+        }
+        self._send(self._event("image", index, self.resolved.request.steps, data, info), image=True)
+
+    def fail(self, error: BaseException) -> None:
+        ours = error if isinstance(error, DiffuserveError) else InternalError(f"a bug in the server: {error!r}")
+        with self._lock:
+            if self._end(ours.code):
+                self._reply.fail(ours)
+
+    def _event(self, kind: EventKind, index: int, step: int, data: bytes, info: dict[str, Any]) -> Event:
+        resolved = self.resolved
+        return Event(
+            kind=kind,
+            index=index,
+            step=step,
+            steps=resolved.request.steps,
+            seed=resolved.seed + index,
+            data=data,
+            info=info,
+        )
+
+    def _send(self, event: Event, image: bool = False) -> None:
+        with self._lock:
+            if self._ended:
+                return
+            self._left -= image
+            final = self._left == 0
+            if final:
+                self._end("done")
+            self._reply.send(event, final=final)
+
+    def _end(self, outcome: str) -> bool:
+        """Whether this is the end; the second one is none. Told before the client hears, who may ask again at once."""
+        if self._ended:
+            return False
+        self._ended = True
+        self.on_end(self, outcome)
+        return True
