@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format export serve bench-serving clean
+.PHONY: help install demo test accept-engine check format export serve bench-serving clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,7 +37,10 @@ demo: $(INSTALLED) ## Export the reference checkpoint, start Triton, make build/
 	$(PYTHON) bench/demo.py "$(PROMPT)"
 
 test: $(INSTALLED) ## All tests but the long ones, real Triton included
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --ignore tests/acceptance
+
+accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests that fail and cancel, 200 random mixes
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance
 
 check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift
 	$(VENV)/bin/ruff format --check
