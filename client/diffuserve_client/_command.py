@@ -95,12 +95,20 @@ def generate(
     height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="Such as ddim, euler, dpmpp_2m.")] = None,
+    guidance_rescale: Annotated[float | None, typer.Option(help="0 to 1: against over-exposure by guidance.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Such as euler, unipc, 'DPM++ 2M Karras'.")] = None,
+    sigma_schedule: Annotated[
+        str | None, typer.Option(help="normal, karras, exponential, beta or sgm_uniform.")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="0 to 1: fresh noise of ddim and tcd.")] = None,
     seed: Annotated[int | None, typer.Option(help="Image i uses SEED + i; the server draws one otherwise.")] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", "-n", help="How many.")] = None,
     image_format: Annotated[
         str | None, typer.Option("--format", help="png, jpeg or webp; else what the file's suffix says.")
     ] = None,
+    priority: Annotated[int | None, typer.Option(help="Higher goes first where the server is full.")] = None,
+    deadline_ms: Annotated[int | None, typer.Option(help="Refuse, or drop, what is not done by then.")] = None,
+    client_tag: Annotated[str | None, typer.Option(help="Who asks: tags get equal shares of a full server.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that the request may take in all.")] = Timeout().total,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -112,9 +120,15 @@ def generate(
         "height": height,
         "steps": steps,
         "guidance_scale": guidance_scale,
+        "guidance_rescale": guidance_rescale,
         "sampler": sampler,
+        "sigma_schedule": sigma_schedule,
+        "eta": eta,
         "seed": seed,
         "num_images": num_images,
+        "priority": priority,
+        "deadline_ms": deadline_ms,
+        "client_tag": client_tag,
     }
     with _errors_as_exit_codes():
         request = GenerateRequest(
