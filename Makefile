@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine check format export serve bench-serving clean
+.PHONY: help install demo test accept-engine check format export serve bench-serving bench-engine clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,10 @@ serve: $(INSTALLED) ## Serve DEPLOYMENT on loopback until Ctrl-C [HTTP_PORT GRPC
 bench-serving: $(INSTALLED) ## This service, diffusers behind a lock, and the bare engine, in one run
 	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes
 	$(PYTHON) bench/serving.py
+
+bench-engine: $(INSTALLED) ## This service beside other designs, long [QUICK=1 PARTS=closed,open,overload,limit,loop]
+	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes
+	$(PYTHON) bench/engine.py $(if $(QUICK),--quick) $(if $(PARTS),--parts "$(PARTS)")
 
 clean: ## Remove what was built; the virtual environment and caches stay
 	rm -rf build/deployments build/demo.png dist

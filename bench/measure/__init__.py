@@ -1,0 +1,1 @@
+"""What the serving benches are made of: loads, systems, the engines alone, and tables with targets."""
