@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -183,15 +183,20 @@ class DiffusionService:
         job.queued()
         resolved, request = job.resolved, job.resolved.request
         prompts = [request.prompt, request.negative_prompt] if resolved.guided else [request.prompt]
-        hidden_states, read = checkpoint.encode_prompts(prompts, trace=job.trace)
+        conditioning, read = checkpoint.encode_prompts(prompts, trace=job.trace)
         job.tokens_cut = read[0].tokens_cut
-        tracks = [self._track(checkpoint, job, trajectory, hidden_states, i) for i in range(request.num_images)]
+        tracks = [self._track(checkpoint, job, trajectory, conditioning, i) for i in range(request.num_images)]
         job.ready_at = time.monotonic()
         job.tracks = tuple(tracks)
         self.loop.join(tracks)
 
     def _track(
-        self, checkpoint: Checkpoint, job: Job, trajectory: Trajectory, hidden_states: torch.Tensor, index: int
+        self,
+        checkpoint: Checkpoint,
+        job: Job,
+        trajectory: Trajectory,
+        conditioning: Mapping[str, torch.Tensor],
+        index: int,
     ) -> Track:
         resolved = job.resolved
         generator = torch.Generator().manual_seed(resolved.seed + index)
@@ -206,7 +211,7 @@ class DiffusionService:
             guidance_scale=resolved.guidance_scale,
             guidance_rescale=resolved.request.guidance_rescale,
             latents=checkpoint.first_latents(resolved, generator, trajectory.initial_scale),
-            hidden_states=hidden_states,
+            conditioning=conditioning,
             generator=generator,
             priority=resolved.request.priority,
             tag=resolved.request.client_tag,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from diffuserve.engine import Group, LatentPool, Track
+from diffuserve.engine import HIDDEN_STATES, Group, LatentPool, Track
 from diffuserve.sampling import TrajectoryCompiler
 from unit.fakes import SCHEDULER
 
@@ -23,14 +24,15 @@ def make_track(seed: int, rows: int = 2, steps: int = 3, **values: Any) -> Track
         trajectory=COMPILER("ddim", steps),
         guidance_scale=values.pop("guidance_scale", 5.0 if rows == 2 else 1.0),
         latents=torch.randn(SHAPE, generator=generator),
-        hidden_states=torch.randn((rows, 3, 2), generator=generator),
+        conditioning={HIDDEN_STATES: torch.randn((rows, values.pop("tokens", 3), 2), generator=generator)},
         generator=generator,
         **values,
     )
 
 
-def denoise(sample: torch.Tensor, timestep: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Any function of a row's own inputs."""
+def denoise(sample: torch.Tensor, timestep: torch.Tensor, conditioning: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Any function of a row's own inputs that, as attention, does not see whether all of its tokens come twice."""
+    hidden = conditioning[HIDDEN_STATES]
     return sample.sin() * hidden.mean(dim=(1, 2))[:, None, None, None] + timestep[:, None, None, None] / 1000
 
 
@@ -45,9 +47,9 @@ def run(pool: LatentPool, tracks: list[Track], padding: int = 0) -> list[torch.T
 @pytest.mark.parametrize("rescale", [0.0, 0.3, 1.0])
 def test_guidance_and_its_rescaling_are_diffusers(rescale: float) -> None:
     pool, track = LatentPool(), make_track(1, guidance_scale=7.5, guidance_rescale=rescale, steps=1)
-    latents, hidden, trajectory = track.latents[None], track.hidden_states, track.trajectory
+    latents, hidden, trajectory = track.latents[None], track.conditioning[HIDDEN_STATES], track.trajectory
     told = torch.tensor([trajectory.timestep[0]]).float()
-    conditional, unconditional = (denoise(latents, told, hidden[i : i + 1]) for i in range(2))
+    conditional, unconditional = (denoise(latents, told, {HIDDEN_STATES: hidden[i : i + 1]}) for i in range(2))
     output = unconditional + 7.5 * (conditional - unconditional)
     if rescale:
         output = rescale_noise_cfg(output, conditional, rescale)
@@ -69,13 +71,24 @@ def test_the_call_has_the_rows_that_were_asked_for() -> None:
     pool, track, seen = LatentPool(), make_track(1), list[int]()
     pool.join(track)
 
-    def counted(sample: torch.Tensor, timestep: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    def counted(sample: torch.Tensor, timestep: torch.Tensor, conditioning: Mapping[str, torch.Tensor]) -> torch.Tensor:
         seen.append(len(sample))
-        return denoise(sample, timestep, hidden)
+        assert len(conditioning[HIDDEN_STATES]) == len(sample)
+        return denoise(sample, timestep, conditioning)
 
     pool.step([track], counted, 6)
     pool.step([track], counted, 0)
     assert seen == [6, 2]
+
+
+def test_prompts_of_different_lengths_share_a_call() -> None:
+    def tracks() -> list[Track]:
+        return [make_track(seed, tokens=tokens) for seed, tokens in ((1, 3), (2, 6), (3, 9))]
+
+    together = run(LatentPool(), tracks())
+    for track, expected in zip(tracks(), together, strict=True):
+        (alone,) = run(LatentPool(), [track])
+        assert torch.allclose(alone, expected, atol=1e-5)
 
 
 def test_slots_are_used_again_and_start_clean() -> None:

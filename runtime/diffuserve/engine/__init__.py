@@ -5,10 +5,11 @@ from diffuserve.engine.forecast import Demand, Forecast, forecast
 from diffuserve.engine.loop import DenoiseLoop, LoopCheckpoint, Trial
 from diffuserve.engine.policy import Candidate, Eta, Step, StepPolicy
 from diffuserve.engine.pool import LatentPool
-from diffuserve.engine.track import Track
+from diffuserve.engine.track import HIDDEN_STATES, Track
 
 __all__ = [
     "CALIBRATION_ROWS",
+    "HIDDEN_STATES",
     "Candidate",
     "Demand",
     "DenoiseLoop",

@@ -183,9 +183,11 @@ class DenoiseLoop:
                 self._telemetry.joined(group.checkpoint, started - track.joined_at)
                 track.on_start()
 
-        def denoise(sample: torch.Tensor, timestep: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        def denoise(
+            sample: torch.Tensor, timestep: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+        ) -> torch.Tensor:
             nonlocal engine
-            inputs = {"sample": sample, "timestep": timestep, "encoder_hidden_states": hidden_states}
+            inputs = {"sample": sample, "timestep": timestep, **conditioning}
             called = self._clock()
             outputs = self._runner.run(unet, cast_inputs(unet, inputs), trace=trace)
             engine = self._clock() - called

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from diffuserve.engine.track import Track
+from diffuserve.engine.track import HIDDEN_STATES, Track
 from diffuserve.sampling import HISTORY
 
 __all__ = ["LatentPool"]
@@ -16,8 +17,8 @@ __all__ = ["LatentPool"]
 _FIRST_CAPACITY: Final = 8
 _MOVED: Final = torch.empty(0)
 
-#: sample [rows, C, h, w], timestep [rows], hidden_states [rows, tokens, D] -> model output [rows, C, h, w]
-Denoise = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+#: sample [rows, C, h, w], timestep [rows], conditioning by name [rows, ...] -> model output [rows, C, h, w]
+Denoise = Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class _Batch:
     image_of_row: torch.Tensor  # [rows]
     conditional: torch.Tensor  # [images], a row each
     unconditional: torch.Tensor  # [images]; the same row where there is no guidance
-    hidden_states: torch.Tensor  # [rows, tokens, D]
+    conditioning: Mapping[str, torch.Tensor]  # [rows, ...] each
     guidance_scale: torch.Tensor  # [images, 1, 1, 1]
     guidance_rescale: torch.Tensor | None  # [images, 1, 1, 1], where any image has one
 
@@ -50,7 +51,7 @@ class LatentPool:
         self._device = device or torch.device("cpu")
         self._free: list[int] = []
         self._capacity = 0
-        self._latents = self._history = self._hidden = _MOVED
+        self._latents = self._history = _MOVED
         self._batch: _Batch | None = None
 
     @property
@@ -58,14 +59,13 @@ class LatentPool:
         return len(self._free) == self._capacity
 
     def join(self, track: Track) -> None:
-        """Give a track a slot; its tensors move here."""
+        """Give a track a slot; its latents move here."""
         if not self._free:
             self._grow(track)
         slot = self._free.pop()
         self._latents[slot] = track.latents
         self._history[slot] = 0
-        self._hidden[slot, : track.rows] = track.hidden_states
-        track.slot, track.latents, track.hidden_states = slot, _MOVED, _MOVED
+        track.slot, track.latents = slot, _MOVED
 
     def leave(self, track: Track) -> torch.Tensor:
         """Free the slot; the image's latents [C, h, w]."""
@@ -77,16 +77,12 @@ class LatentPool:
 
     def _grow(self, track: Track) -> None:
         old, self._capacity = self._capacity, max(_FIRST_CAPACITY, 2 * self._capacity)
-        shapes = (
-            track.latents.shape,
-            (HISTORY, *track.latents.shape),
-            (2, *track.hidden_states.shape[1:]),
-        )
+        shapes = (track.latents.shape, (HISTORY, *track.latents.shape))
         grown = [torch.zeros(self._capacity, *shape, device=self._device) for shape in shapes]
-        for new, tensor in zip(grown, (self._latents, self._history, self._hidden), strict=True):
+        for new, tensor in zip(grown, (self._latents, self._history), strict=True):
             if old:
                 new[:old] = tensor
-        self._latents, self._history, self._hidden = grown
+        self._latents, self._history = grown
         self._free.extend(reversed(range(old, self._capacity)))
 
     def step(self, tracks: Sequence[Track], denoise: Denoise, rows: int = 0) -> None:
@@ -126,7 +122,6 @@ class LatentPool:
         unconditional = [row + track.rows - 1 for row, track in zip(conditional, tracks, strict=True)]
         padding = rows - len(image_of_row)
         image_of_row += image_of_row[-1:] * padding
-        kind_of_row += kind_of_row[-1:] * padding
 
         def on_device(values: Sequence[float], dtype: torch.dtype = torch.int64) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=self._device)
@@ -134,27 +129,41 @@ class LatentPool:
         def per_image(values: Sequence[float]) -> torch.Tensor:
             return on_device(values, torch.float32)[:, None, None, None]
 
-        slots = on_device([track.slot for track in tracks])
-        images = on_device(image_of_row)
         rescale = [track.guidance_rescale if track.rows == 2 else 0.0 for track in tracks]
         return _Batch(
             tracks=tracks,
             rows=rows,
-            slots=slots,
-            image_of_row=images,
+            slots=on_device([track.slot for track in tracks]),
+            image_of_row=on_device(image_of_row),
             conditional=on_device(conditional),
             unconditional=on_device(unconditional),
-            hidden_states=self._hidden[slots[images], on_device(kind_of_row)],
+            conditioning=self._conditioning(tracks, padding),
             guidance_scale=per_image([track.guidance_scale for track in tracks]),
             guidance_rescale=per_image(rescale) if any(rescale) else None,
         )
+
+    def _conditioning(self, tracks: Sequence[Track], padding: int) -> dict[str, torch.Tensor]:
+        """The rows' conditioning, put together once for as long as the same images run.
+
+        Prompts of several chunks beside shorter ones: whole prompts are repeated to a common length, which attention
+        does not notice, since every token's weight is divided alike.
+        """
+        tokens = math.lcm(*(track.conditioning[HIDDEN_STATES].shape[1] for track in tracks))
+        rows: dict[str, torch.Tensor] = {}
+        for name in tracks[0].conditioning:
+            each = [track.conditioning[name] for track in tracks]
+            if name == HIDDEN_STATES:
+                each = [one if one.shape[1] == tokens else one.repeat(1, tokens // one.shape[1], 1) for one in each]
+            each += [each[-1][-1:]] * padding
+            rows[name] = torch.cat(each).to(self._device)
+        return rows
 
     def _guided(self, batch: _Batch, scaled: torch.Tensor, denoise: Denoise) -> torch.Tensor:
         """Rows out, rows back, and classifier-free guidance (Ho & Salimans 2022, eq. 6, as diffusers writes it)."""
         # float32 always: half precision turns 721.37 into 721.5.
         told = [float(track.trajectory.timestep[track.evaluation]) for track in batch.tracks]
         timestep = torch.tensor(told, device=self._device)[batch.image_of_row]
-        output = denoise(scaled[batch.image_of_row], timestep, batch.hidden_states).float()
+        output = denoise(scaled[batch.image_of_row], timestep, batch.conditioning).float()
         conditional, unconditional = output[batch.conditional], output[batch.unconditional]
         guided = unconditional + batch.guidance_scale * (conditional - unconditional)
         if batch.guidance_rescale is None:

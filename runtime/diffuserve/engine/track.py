@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 
@@ -12,17 +13,20 @@ from diffuserve.engine.forecast import Demand
 from diffuserve.engine.policy import Candidate
 from diffuserve.sampling import Trajectory
 
-__all__ = ["Track"]
+__all__ = ["HIDDEN_STATES", "Track"]
+
+HIDDEN_STATES: Final = "encoder_hidden_states"
 
 _NOTHING: Callable[..., None] = lambda *_: None  # noqa: E731 - a default for callbacks that a test leaves out
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Track:
-    """One image's state, as it joins: the loop moves its tensors into a pool slot and counts its evaluations.
+    """One image's state, as it joins: the loop moves its latents into a pool slot and counts its evaluations.
 
     latents              [C, h, w] float32, already scaled by the trajectory's initial_scale
-    hidden_states        [rows, tokens, D]: the prompt's, then, with guidance, the negative prompt's
+    conditioning         the UNet's other inputs by name, each [rows, ...]: the prompt's row, then, with guidance, the
+                         negative prompt's. `encoder_hidden_states` [rows, tokens, D] is always there
     generator            the source of fresh noise, on the CPU; the one that drew the first latents
     deadline             of the loop's clock, in seconds, or None
     on_start()           when its first UNet call begins
@@ -36,7 +40,7 @@ class Track:
     trajectory: Trajectory
     guidance_scale: float
     latents: torch.Tensor
-    hidden_states: torch.Tensor
+    conditioning: Mapping[str, torch.Tensor]
     generator: torch.Generator
     guidance_rescale: float = 0.0
     priority: int = 0
@@ -59,7 +63,7 @@ class Track:
     waiting_since: float = 0.0
 
     def __post_init__(self) -> None:
-        self.rows = int(self.hidden_states.shape[0])
+        self.rows = len(self.conditioning[HIDDEN_STATES])
         self.coefficients = torch.from_numpy(self.trajectory.coefficients())
 
     @property
