@@ -4,7 +4,7 @@
     open       Poisson arrivals at 70 % of what diffusers behind a lock can serve, the same ones for both
     overload   4-step requests among 50-step ones
     limit      the engines' own share of the wall time, 16 requests at once, one engine call at a time
-    loop       the loop's own cost, over engines that answer at once
+    loop       the loop's own cost, over engines that compute nothing
 
 Every system must make the same pictures first. `--quick` runs a little of everything: its figures prove that it runs.
 """

@@ -1,4 +1,4 @@
-"""The loop's own cost: the time between two UNet calls of the real service over engines that answer at once."""
+"""The loop's own cost: the time between two UNet calls of the real service over engines that compute nothing."""
 
 from __future__ import annotations
 
@@ -26,24 +26,36 @@ __all__ = ["LoopCost", "loop_cost_table", "run_loop_cost"]
 
 STEP_TARGET = at_most(2, " ms")
 ROW_TARGET = at_most(0.3, " ms")
+UNET_SECONDS = 0.003
 PROFILE_LINES = 15
 Tensors = Mapping[str, torch.Tensor]
 
 
-class InstantEngines:
-    """Components that answer at once with zeros; the UNet notes its rows and when it was entered and left.
+class IdleEngines:
+    """Components that answer with zeros; the UNet notes its rows and when it was entered and left.
 
-    The first UNet call waits for `gate`, so that all requests of a measurement join before the second.
+    The UNet takes the same time for any number of rows, so that the policy wants as many as it can get. Its first
+    call after `arm` waits for `gate`, so that all requests of a measurement join before the second.
     """
 
     def __init__(self, manifest: Manifest, profile: cProfile.Profile | None, profiled_calls: int) -> None:
-        self.manifest, self.gate, self.prompts = manifest, threading.Event(), 0
+        self.manifest, self.prompts = manifest, 0
+        self.gate, self._armed = threading.Event(), False
         self.calls: list[tuple[int, float, float]] = []
         self._profile, self._profiled_calls = profile, profiled_calls
 
     def runner(self) -> InProcessRunner:
         functions = {TEXT_ENCODER: self._text, UNET: self._unet, VAE_DECODER: self._decode}
         return InProcessRunner({self.manifest.components[name].model: one for name, one in functions.items()})
+
+    def arm(self) -> None:
+        """Begin to measure, once the calls that a new service makes to learn their costs are over."""
+        before = -1
+        while before != len(self.calls):
+            before = len(self.calls)
+            time.sleep(0.3)
+        self.calls.clear()
+        self._armed = True
 
     def gaps(self, rows: int) -> list[float]:
         """Seconds from the end of a call to the begin of the next, where both have so many rows."""
@@ -58,12 +70,13 @@ class InstantEngines:
 
     def _unet(self, inputs: Tensors) -> dict[str, torch.Tensor]:
         entered = time.perf_counter()
-        if not self.calls:
+        if self._armed and not self.calls:
             self.gate.wait()
-        if self._profile and len(self.calls) == 1:
+        if self._profile and self._armed and len(self.calls) == 1:
             self._profile.enable()  # on the thread that calls, which is the loop's
-        if self._profile and len(self.calls) == self._profiled_calls:
+        if self._profile and self._armed and len(self.calls) == self._profiled_calls:
             self._profile.disable()
+        time.sleep(UNET_SECONDS)
         output = {"model_output": torch.zeros_like(inputs["sample"])}
         self.calls.append((len(inputs["sample"]), entered, time.perf_counter()))
         return output
@@ -144,10 +157,11 @@ def _profiled(deployment: Deployment, requests: int, guidance: float, steps: int
 
 def _run(
     deployment: Deployment, requests: int, guidance: float, steps: int, profile: cProfile.Profile | None = None
-) -> InstantEngines:
+) -> IdleEngines:
     """All the requests, of one length, through a service of their own."""
-    engines = InstantEngines(deployment.manifest(deployment.checkpoints[0]), profile, steps - 1)
+    engines = IdleEngines(deployment.manifest(deployment.checkpoints[0]), profile, steps - 1)
     service = DiffusionService(deployment, engines.runner())
+    engines.arm()
     answers = [_Answer() for _ in range(requests)]
     for number, answer in enumerate(answers):
         sampler = ("ddim", "euler", "dpmpp_2m")[number % 3]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,5 +49,15 @@ def our_server(deployment: Path, environment: Mapping[str, str] | None = None) -
         )
         with TritonServer(options) as server, Client(server.grpc_url, timeout=_PATIENCE) as client:
             server.wait_ready()
+            ours = OurServer(client, log)
             client.generate("warm up", steps=2)
-            yield OurServer(client, log)
+            _settle(ours)
+            yield ours
+
+
+def _settle(server: OurServer) -> None:
+    """Wait until a new server has made the calls by which it learns what its engines cost."""
+    before = -1
+    while before != (now := len(server.calls())):
+        before = now
+        time.sleep(1.0)
