@@ -10,12 +10,11 @@ from typing import Final
 import torch
 
 from diffuserve.components import ComponentRunner, cast_inputs, check_rows
-from diffuserve.engine import Group
-from diffuserve.errors import InvalidArgumentError
+from diffuserve.engine import HIDDEN_STATES, Group
 from diffuserve.manifest import Deployment, Manifest
 from diffuserve.prompt import Prompt, PromptTokenizer
 from diffuserve.request import RANDOM_SEED, GenerateRequest
-from diffuserve.sampling import SAMPLERS, Trajectory, TrajectoryCompiler
+from diffuserve.sampling import Trajectory, TrajectoryCompiler
 from diffuserve.spec import LATENTS, PIXELS, TEXT_ENCODER, UNET, VAE_DECODER
 
 __all__ = ["Checkpoint", "ResolvedRequest"]
@@ -33,7 +32,12 @@ class ResolvedRequest:
     height: int
     guidance_scale: float
     sampler: str
+    sigma_schedule: str | None
     seed: int
+
+    @property
+    def eta(self) -> float:
+        return self.request.eta
 
     @property
     def guided(self) -> bool:
@@ -48,6 +52,7 @@ class ResolvedRequest:
             "height": self.height,
             "guidance_scale": self.guidance_scale,
             "sampler": self.sampler,
+            "sigma_schedule": self.sigma_schedule,
             "seed": self.seed + index,
             "num_images": 1,
         }
@@ -64,20 +69,17 @@ class Checkpoint:
         self._compile = TrajectoryCompiler(self.manifest.scheduler)
 
     def resolve(self, request: GenerateRequest) -> ResolvedRequest:
-        """Fill in the checkpoint's defaults. Raises InvalidArgumentError for what this checkpoint cannot do."""
+        """Fill in the checkpoint's defaults.
+
+        Raises InvalidArgumentError or UnsupportedError for what this checkpoint cannot do.
+        """
         manifest = self.manifest
         width, height = request.width, request.height
         width = manifest.size.opt if width is None else width
         height = manifest.size.opt if height is None else height
         manifest.size.check("width", width)
         manifest.size.check("height", height)
-        if request.sampler is not None and request.sampler not in SAMPLERS:
-            raise InvalidArgumentError(
-                f"sampler is {request.sampler[:64]!r}, and must be one of {', '.join(SAMPLERS)}",
-                input="sampler",
-                value=request.sampler[:64],
-                choices=tuple(SAMPLERS),
-            )
+        sampler, schedule = self._compile.choose(request.sampler, request.sigma_schedule, request.eta)
         guidance = manifest.guidance_scale if request.guidance_scale is None else request.guidance_scale
         seed = secrets.randbelow(_SEED_BOUND) if request.seed == RANDOM_SEED else request.seed
         return ResolvedRequest(
@@ -86,20 +88,25 @@ class Checkpoint:
             width=width,
             height=height,
             guidance_scale=guidance,
-            sampler=self._compile.name(request.sampler),
+            sampler=sampler,
+            sigma_schedule=schedule,
             seed=seed,
         )
 
     def trajectory(self, resolved: ResolvedRequest) -> Trajectory:
-        return self._compile(resolved.sampler, resolved.request.steps)
+        """The table of the request's sampler. Raises CompileError where there is none at these steps."""
+        return self._compile(resolved.sampler, resolved.request.steps, resolved.sigma_schedule, resolved.eta)
 
-    def encode_prompts(self, prompts: list[str], *, trace: object | None = None) -> tuple[torch.Tensor, list[Prompt]]:
-        """Hidden states [len(prompts), tokens, D], and the prompts as they were read."""
+    def encode_prompts(
+        self, prompts: list[str], *, trace: object | None = None
+    ) -> tuple[dict[str, torch.Tensor], list[Prompt]]:
+        """What the UNet is told, by input name [len(prompts), ...], and the prompts as they were read."""
         read = [self._tokenizer(prompt) for prompt in prompts]
         component = self.manifest.components[TEXT_ENCODER]
         outputs = self._runner.run(component, {"input_ids": torch.cat([one.ids for one in read])}, trace=trace)
         # A copy, since it is kept for as long as the request runs and the component's memory is lent.
-        return check_rows(component, outputs["hidden_states"], len(read)).to(torch.float32, copy=True), read
+        hidden_states = check_rows(component, outputs["hidden_states"], len(read)).to(torch.float32, copy=True)
+        return {HIDDEN_STATES: hidden_states}, read
 
     def first_latents(self, resolved: ResolvedRequest, generator: torch.Generator, scale: float) -> torch.Tensor:
         """Seeded noise [C, h, w] float32, drawn on the CPU as diffusers draws it, times the sampler's first scale."""
@@ -117,7 +124,7 @@ class Checkpoint:
     def trial(self, group: Group, rows: int) -> Callable[[], object]:
         """A UNet call of that many rows of nothing, for measuring what it costs."""
         component = self.manifest.components[UNET]
-        width = next((one.shape[-1] for one in component.inputs if one.name == "encoder_hidden_states"), 1)
+        width = next((one.shape[-1] for one in component.inputs if one.name == HIDDEN_STATES), 1)
         factor = self.manifest.latent_scale
 
         def run() -> object:
@@ -126,7 +133,7 @@ class Checkpoint:
                     rows, self.manifest.latent_channels, group.height // factor, group.width // factor
                 ),
                 "timestep": torch.full((rows,), 500.0),
-                "encoder_hidden_states": torch.zeros(rows, self.manifest.token_limit, int(width)),
+                HIDDEN_STATES: torch.zeros(rows, self.manifest.token_limit, int(width)),
             }
             return self._runner.run(component, cast_inputs(component, inputs))
 

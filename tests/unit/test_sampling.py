@@ -1,87 +1,16 @@
-"""Compiled trajectories against diffusers' own schedulers, run step by step in float64."""
+"""How trajectories are compiled, cached and refused; test_samplers.py compares them with diffusers."""
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from diffuserve.engine import LatentPool, Track
-from diffuserve.errors import UnsupportedError
+from diffuserve.errors import InvalidArgumentError, UnsupportedError
 from diffuserve.sampling import SAMPLERS, CompileError, TrajectoryCompiler, compile_trajectory, make_scheduler
-
-SD15: dict[str, Any] = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "skip_prk_steps": True,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "clip_sample": False,
-}
-STEPS = (1, 2, 4, 10, 20, 50)
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SHAPE = (4, 3, 5)
-# diffusers' PNDM knows no sample prediction.
-CASES = [case for case in itertools.product(SAMPLERS, PREDICTIONS, STEPS) if case[:2] != ("pndm", "sample")]
-
-
-def _outputs(case: tuple[str, str, int], evaluations: int) -> torch.Tensor:
-
-    return torch.randn(
-        (evaluations, *SHAPE), generator=torch.Generator().manual_seed(CASES.index(case)), dtype=torch.float64
-    )
-
-
-def _by_diffusers(case: tuple[str, str, int], first: torch.Tensor) -> torch.Tensor:
-    sampler, prediction, steps = case
-    scheduler = make_scheduler({**SD15, "prediction_type": prediction}, SAMPLERS[sampler])
-    scheduler.set_timesteps(steps)
-    x = first[None].double() * float(scheduler.init_noise_sigma)
-    outputs = _outputs(case, len(scheduler.timesteps))
-    for k, t in enumerate(scheduler.timesteps):
-        scheduler.scale_model_input(x, t)
-        x = scheduler.step(outputs[k][None], t, x, return_dict=False)[0].double()
-    result: torch.Tensor = x[0]
-    return result
-
-
-def test_every_sampler_agrees_with_diffusers_mixed_in_one_batch() -> None:
-    compilers = {one: TrajectoryCompiler({**SD15, "prediction_type": one}) for one in PREDICTIONS}
-    pool, tracks, firsts = LatentPool(), {}, {}
-    for number, case in enumerate(CASES):
-        sampler, prediction, steps = case
-        trajectory = compilers[prediction](sampler, steps)
-        generator = torch.Generator().manual_seed(1000 + number)
-        firsts[case] = torch.randn(SHAPE, generator=generator)
-        tracks[case] = Track(
-            group=("any", 3, 5),
-            trajectory=trajectory,
-            guidance_scale=1.0,
-            latents=firsts[case] * trajectory.initial_scale,
-            hidden_states=torch.zeros(1, 2, 2),
-            generator=generator,
-        )
-        pool.join(tracks[case])
-
-    while running := {case: track for case, track in tracks.items() if not track.is_done}:
-
-        def denoise(sample: torch.Tensor, timestep: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-            rows = [_outputs(case, track.trajectory.evaluations)[track.evaluation] for case, track in running.items()]
-            assert len(rows) == len(sample) == len(timestep) == len(hidden)
-            return torch.stack(rows).float()
-
-        pool.step(list(running.values()), denoise)
-
-    for case, track in tracks.items():
-        expected = _by_diffusers(case, firsts[case])
-        error = (pool.leave(track).double() - expected).abs().max() / expected.abs().max()
-        assert error <= 1e-5, f"{case}: relative error {error:.1e}"
+from unit.fakes import SCHEDULER as SD15
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -147,7 +76,93 @@ def test_a_scheduler_that_no_history_explains_is_refused_with_its_residual() -> 
 
 
 def test_a_checkpoint_whose_own_scheduler_has_no_name_needs_one_given() -> None:
-    compiler = TrajectoryCompiler({**SD15, "_class_name": "DEISMultistepScheduler"})
+    compiler = TrajectoryCompiler({**SD15, "_class_name": "SASolverScheduler"})
     with pytest.raises(UnsupportedError, match="give a sampler"):
         compiler(None, 5)
     assert compiler("ddim", 5).sampler == "ddim"
+
+
+@pytest.mark.parametrize(
+    ("config", "default"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpmpp_2m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "dpmpp_3m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_order": 3}, "unipc"),
+        ({"_class_name": "DEISMultistepScheduler", "solver_order": 3}, "deis"),
+    ],
+)
+def test_the_default_is_named_by_class_and_config(config: dict[str, Any], default: str) -> None:
+    compiler = TrajectoryCompiler({**SD15, **config})
+    assert compiler.default == default
+    assert compiler(None, 12).residual <= 1e-6
+
+
+def test_no_schedule_is_the_checkpoints_own() -> None:
+    compiler = TrajectoryCompiler({**SD15, "_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True})
+    own, karras, normal = (compiler("euler", 8, schedule) for schedule in (None, "karras", "normal"))
+    assert np.array_equal(own.timestep, karras.timestep)
+    assert not np.array_equal(own.timestep, normal.timestep)
+    assert (own.schedule, karras.schedule) == (None, "karras")
+
+
+def test_names_are_resolved_before_tables_are_cached() -> None:
+    compiler = TrajectoryCompiler(SD15)
+    assert compiler("DPM++ 2M Karras", 5) is compiler("dpmpp_2m", 5, "karras")
+    with pytest.raises(InvalidArgumentError, match="dpmpp_3m") as refused:
+        compiler("dpmpp_9m", 5)
+    assert "unipc" in refused.value.detail["choices"]
+
+
+@pytest.mark.parametrize("sampler", [name for name, one in SAMPLERS.items() if not one.takes_eta])
+def test_eta_is_never_ignored(sampler: str) -> None:
+    with pytest.raises(UnsupportedError, match="use ddim or tcd"):
+        TrajectoryCompiler(SD15)(sampler, 5, eta=0.5)
+
+
+def test_a_refusal_is_kept_and_told_anew() -> None:
+    compiler, refusals = TrajectoryCompiler(SD15), list[CompileError]()
+    for _ in range(2):
+        with pytest.raises(CompileError, match="at most 50") as refused:
+            compiler("lcm", 51)
+        refusals.append(refused.value)
+    assert refusals[0] is not refusals[1]
+    assert refusals[0].detail == {"sampler": "lcm", "steps": 51, "maximum": 50}
+
+
+def test_runge_kutta_steps_are_refused_by_name() -> None:
+    with pytest.raises(CompileError, match="skip_prk_steps"):
+        TrajectoryCompiler({**SD15, "skip_prk_steps": False})("pndm", 10)
+
+
+def test_zero_terminal_snr_is_never_ignored() -> None:
+    compiler = TrajectoryCompiler({**SD15, "_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True})
+    with pytest.raises(CompileError, match="HeunDiscreteScheduler does not know; use ddim"):
+        compiler("heun", 10)
+
+
+def test_a_division_by_zero_in_diffusers_is_told() -> None:
+    config = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with pytest.raises(CompileError, match="divides by zero at step 1 of 10"):
+        TrajectoryCompiler({**SD15, **config})("ddim", 10)
+
+
+def test_a_config_that_diffusers_refuses_is_told() -> None:
+    compiler = TrajectoryCompiler({**SD15, "timestep_spacing": "logarithmic"})
+    with pytest.raises(CompileError, match="logarithmic"):
+        compiler("ddim", 10)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm2", "dpm2_ancestral", "lms"])
+def test_schedulers_made_quickly_are_diffusers_own(sampler: str) -> None:
+    quick = make_scheduler(SD15, SAMPLERS[sampler], "karras")
+    plain = SAMPLERS[sampler].type.from_config(make_scheduler(SD15, None).config, use_karras_sigmas=True)
+    assert type(quick) is type(plain)
+    for scheduler in (quick, plain):
+        scheduler.set_timesteps(9)
+    assert torch.equal(quick.timesteps, plain.timesteps)
+    assert torch.equal(quick.sigmas, plain.sigmas)
+    left_out = {"_use_default_values", "use_exponential_sigmas", "use_beta_sigmas"}
+    assert {k: v for k, v in quick.config.items() if k not in left_out} == {
+        k: v for k, v in plain.config.items() if k not in left_out
+    }

@@ -14,24 +14,20 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from diffuserve.errors import UnsupportedError
-from diffuserve.sampling.samplers import SAMPLERS, make_scheduler
-from diffuserve.sampling.trajectory import HISTORY, Trajectory, Vector
+from diffuserve.sampling.trajectory import HISTORY, CompileError, Trajectory, Vector
 
-__all__ = ["TOLERANCE", "CompileError", "TrajectoryCompiler", "compile_trajectory"]
+__all__ = ["TOLERANCE", "compile_trajectory"]
 
-TOLERANCE: Final = 1e-6  # relative; diffusers' own float32 casts leave up to 1e-7
-CACHED_TRAJECTORIES: Final = 512
-
-
-class CompileError(UnsupportedError):
-    """A scheduler, or its config, that cannot be expressed as a Trajectory."""
+TOLERANCE: Final = 1e-6  # relative; above it a scheduler is refused
+CAST: Final = 1e-7  # what diffusers' own casts to float32 leave
+EXACT: Final = 1e-10  # what is as good as float64 gets
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +103,51 @@ def _one_hot_noise(scheduler: Any, first_axis: int, shape: tuple[int, ...]) -> I
             module.randn_tensor = original  # type: ignore[attr-defined]
 
 
-def _refuse_nonlinear(scheduler: Any) -> None:
+def _refuse_by_config(scheduler: Any, steps: int, sampler: str) -> None:
     for option in ("clip_sample", "thresholding"):
         if scheduler.config.get(option):
             raise CompileError(
-                f"the checkpoint's scheduler config sets {option}, which is not linear in the latents; set it to false",
+                f"the checkpoint's scheduler config sets {option}, which is not linear in the latents; set it to false "
+                f"or choose a sampler that has no {option}",
                 option=option,
             )
+    if not scheduler.config.get("skip_prk_steps", True):
+        raise CompileError(
+            "the checkpoint's scheduler config has skip_prk_steps false: those Runge-Kutta steps weigh more than "
+            f"{HISTORY + 1} evaluations; set it to true, or choose another sampler than {sampler}",
+            option="skip_prk_steps",
+        )
+    if (most := scheduler.config.get("original_inference_steps", steps)) < steps:
+        raise CompileError(
+            f"steps is {steps}, and {sampler} takes at most {most}, the steps that its distillation was made of "
+            "(original_inference_steps); ask for fewer",
+            sampler=sampler,
+            steps=steps,
+            maximum=most,
+        )
+
+
+@contextmanager
+def _naming_diffusers(scheduler: Any, steps: int, sampler: str) -> Iterator[None]:
+    """What diffusers itself refuses, told as ours."""
+    try:
+        yield
+    except CompileError:
+        raise
+    except Exception as error:  # whatever its code runs into: also IndexError and TypeError at few steps
+        raise CompileError(
+            f"diffusers' {type(scheduler).__name__} does not take this checkpoint's config: "
+            f"{str(error) or type(error).__name__}; choose another sampler than {sampler}",
+            sampler=sampler,
+            steps=steps,
+        ) from error
+
+
+def _integrate_quickly(scheduler: Any) -> None:
+    """Let LMS integrate over plain floats: over tensors, quadrature takes it 6 ms a step."""
+    if hasattr(scheduler, "get_lms_coefficient"):
+        plain = SimpleNamespace(sigmas=scheduler.sigmas.tolist())
+        scheduler.get_lms_coefficient = partial(type(scheduler).get_lms_coefficient, plain)
 
 
 def _noise_level(scheduler: Any, position: int, timestep: float, works_unscaled: bool) -> tuple[float, float]:
@@ -127,6 +161,7 @@ def _noise_level(scheduler: Any, position: int, timestep: float, works_unscaled:
     return product**0.5, (1 - product) ** 0.5
 
 
+@torch.inference_mode()
 def _run_scheduler(scheduler: Any, step_options: Mapping[str, Any]) -> list[_Evaluation]:
     """Every evaluation of the scheduler's trajectory, on coefficient vectors."""
     timesteps = list(scheduler.timesteps)
@@ -144,6 +179,11 @@ def _run_scheduler(scheduler: Any, step_options: Mapping[str, Any]) -> list[_Eva
             output[..., 1 + k] = 1.0
             already = len(drawn)
             after = scheduler.step(output, t, x, return_dict=False, **step_options)[0]
+            if not bool(after.isfinite().all()):
+                raise CompileError(
+                    f"{type(scheduler).__name__} itself divides by zero at step {k + 1} of {len(timesteps)}, as with "
+                    "epsilon at zero terminal SNR; choose another sampler or sigma_schedule"
+                )
             # Schedulers that keep an index have moved it on by now; the others walk their timesteps in order.
             index = getattr(scheduler, "step_index", None)
             position = k if index is None else int(index) - 1
@@ -159,125 +199,133 @@ def _run_scheduler(scheduler: Any, step_options: Mapping[str, Any]) -> list[_Eva
 
 
 @dataclass(frozen=True, slots=True)
-class _Fit:
-    """The numbers of every evaluation, or the first evaluation that no history explains."""
+class _Row:
+    """The numbers of one evaluation, and how far they are from diffusers' own step."""
 
-    rows: list[tuple[float, float, float, Vector, float]]  # p, q, a, b, c
-    failed_at: int | None
+    p: float
+    q: float
+    a: float
+    b: Vector
+    c: float
     residual: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """The numbers of every evaluation, or the first evaluation that no history explains."""
+
+    rows: list[_Row]
+    failed_at: int | None = None
+    residual: float = 0.0
+    forgotten: frozenset[int] = frozenset()
+
+
+def _fit_one(evaluation: _Evaluation, u: Vector, history: list[Vector], p: float, q: float) -> _Row:
+    """The shortest history that explains the evaluation: a longer one would have to be clearly better."""
+    noise = list(evaluation.noises[-1:])
+    scale = max(1.0, float(np.abs(evaluation.after).max()))
+    best: _Row | None = None
+    for lags in range(min(HISTORY, len(history)) + 1):
+        columns = np.stack([evaluation.before, u, *history[:lags], *noise], axis=1)
+        solution, *_ = np.linalg.lstsq(columns, evaluation.after, rcond=1e-14)
+        residual = float(np.abs(columns @ solution - evaluation.after).max()) / scale
+        if best is not None and best.residual <= TOLERANCE and residual > best.residual / 4:
+            break
+        b = np.zeros(1 + HISTORY)
+        b[: 1 + lags] = solution[1 : 2 + lags]
+        best = _Row(p, q, float(solution[0]), b, float(solution[2 + lags]) if noise else 0.0, residual)
+        if residual <= EXACT:
+            break
+    assert best is not None
+    return best
+
+
 def _fit(evaluations: list[_Evaluation], prediction: str, remembered: _Remembered, forgotten: frozenset[int]) -> _Fit:
-    rows: list[tuple[float, float, float, Vector, float]] = []
+    rows: list[_Row] = []
     history: list[Vector] = []
     for k, evaluation in enumerate(evaluations):
         p, q = remembered(evaluation, prediction)
         u = p * evaluation.before + q * evaluation.output
-        b, residual, a, c = np.zeros(1 + HISTORY), float("inf"), 0.0, 0.0
         if not np.isfinite(u).all():
-            return _Fit(rows, k, residual)
-        noise = list(evaluation.noises[-1:])
-        for lags in range(min(HISTORY, len(history)) + 1):
-            columns = np.stack([evaluation.before, u, *history[:lags], *noise], axis=1)
-            solution, *_ = np.linalg.lstsq(columns, evaluation.after, rcond=1e-14)
-            scale = max(1.0, float(np.abs(evaluation.after).max()))
-            residual = float(np.abs(columns @ solution - evaluation.after).max()) / scale
-            if residual <= TOLERANCE:
-                a, c = float(solution[0]), float(solution[2 + lags]) if noise else 0.0
-                b[: 1 + lags] = solution[1 : 2 + lags]
-                break
-        else:
-            return _Fit(rows, k, residual)
-        rows.append((p, q, a, b, c))
+            return _Fit(rows, k, float("inf"))
+        row = _fit_one(evaluation, u, history, p, q)
+        if not row.residual <= TOLERANCE:
+            return _Fit(rows, k, row.residual)
+        rows.append(row)
         if k not in forgotten:
             history.insert(0, u)
-    return _Fit(rows, None, 0.0)
+    return _Fit(rows, residual=max(row.residual for row in rows), forgotten=forgotten)
 
 
-def _fit_forgetting(
-    evaluations: list[_Evaluation], prediction: str, remembered: _Remembered
-) -> tuple[_Fit, frozenset[int]]:
+def _fit_forgetting(evaluations: list[_Evaluation], prediction: str, remembered: _Remembered) -> _Fit:
     """Fit, and where the history is too short try to leave out one evaluation: PNDM forgets its second."""
     fit = _fit(evaluations, prediction, remembered, frozenset())
     if fit.failed_at is None:
-        return fit, frozenset()
+        return fit
     for skipped in range(max(0, fit.failed_at - HISTORY - 1), fit.failed_at):
         again = _fit(evaluations, prediction, remembered, frozenset({skipped}))
         if again.failed_at is None:
-            return again, frozenset({skipped})
-    return fit, frozenset()
+            return again
+    return fit
 
 
-def compile_trajectory(scheduler: Any, steps: int, sampler: str, **step_options: Any) -> Trajectory:
+def _best_fit(evaluations: list[_Evaluation], prediction: str) -> _Fit:
+    """Over the ways to remember: the first that is right to within diffusers' casts, else the best."""
+    best: _Fit | None = None
+    for remembered in _REMEMBERED:
+        with np.errstate(all="ignore"):
+            fit = _fit_forgetting(evaluations, prediction, remembered)
+        if best is None or (fit.failed_at is not None, fit.residual) < (best.failed_at is not None, best.residual):
+            best = fit
+        if best.failed_at is None and best.residual <= CAST:
+            break
+    assert best is not None
+    return best
+
+
+def compile_trajectory(
+    scheduler: Any, steps: int, sampler: str, *, schedule: str | None = None, **step_options: Any
+) -> Trajectory:
     """The table of a diffusers scheduler over `steps` denoising steps.
 
     `step_options` go to the scheduler's `step()` (eta). Raises CompileError, naming the option or the residual,
-    where the scheduler cannot be expressed.
+    where the scheduler cannot be expressed. Leaves the scheduler changed.
     """
-    _refuse_nonlinear(scheduler)
-    scheduler.set_timesteps(steps)
-    evaluations = _run_scheduler(scheduler, step_options)
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    worst = float("inf")
-    for remembered in _REMEMBERED:
-        with np.errstate(all="ignore"):
-            fit, forgotten = _fit_forgetting(evaluations, prediction, remembered)
-        if fit.failed_at is None:
-            return _trajectory(scheduler, steps, sampler, evaluations, fit, forgotten)
-        worst = min(worst, fit.residual)
-    raise CompileError(
-        f"{sampler} with {steps} steps is not a linear recurrence over {HISTORY + 1} evaluations "
-        f"(residual {worst:.1e}, tolerance {TOLERANCE:.0e}); choose another sampler",
-        sampler=sampler,
-        steps=steps,
-    )
-
-
-def _trajectory(
-    scheduler: Any, steps: int, sampler: str, evaluations: list[_Evaluation], fit: _Fit, forgotten: frozenset[int]
-) -> Trajectory:
-    count = len(evaluations)
-    p, q, a, b, c = (np.array(column, dtype=np.float64) for column in zip(*fit.rows, strict=True))
+    _refuse_by_config(scheduler, steps, sampler)
+    with _naming_diffusers(scheduler, steps, sampler):
+        scheduler.set_timesteps(steps)
+        if hasattr(scheduler, "set_begin_index"):
+            # Else the first timestep is looked up, and found one too late where rounding made the second equal to it.
+            scheduler.set_begin_index(0)
+        _integrate_quickly(scheduler)
+        evaluations = _run_scheduler(scheduler, step_options)
+    fit = _best_fit(evaluations, scheduler.config.get("prediction_type", "epsilon"))
+    if fit.failed_at is not None:
+        raise CompileError(
+            f"{sampler} with {steps} steps is not a linear recurrence over {HISTORY + 1} evaluations "
+            f"(residual {fit.residual:.1e}, tolerance {TOLERANCE:.0e}); choose another sampler",
+            sampler=sampler,
+            steps=steps,
+        )
     return Trajectory(
         sampler=sampler,
         steps=steps,
+        schedule=schedule,
+        eta=float(step_options.get("eta", 0.0)),
         initial_scale=float(scheduler.init_noise_sigma),
-        timestep=np.array([evaluation.timestep for evaluation in evaluations]),
-        input_scale=np.array([evaluation.input_scale for evaluation in evaluations]),
-        p=p,
-        q=q,
-        a=a,
-        b=b,
-        c=c,
-        remember=np.array([k not in forgotten for k in range(count)]),
-        draws=np.array([len(evaluation.noises) for evaluation in evaluations]),
-        steps_done=np.array([(k + 1) * steps // count for k in range(count)]),
+        **_table(evaluations, fit, steps),
     )
 
 
-class TrajectoryCompiler:
-    """Makes and caches the tables of one checkpoint. Safe to call from several threads."""
-
-    def __init__(self, scheduler_config: Mapping[str, Any]) -> None:
-        self._config = dict(scheduler_config)
-        own = type(make_scheduler(self._config, None)).__name__
-        #: The sampler that the checkpoint's own scheduler is, or None where it has no name here.
-        self.default = next((name for name, one in SAMPLERS.items() if one.scheduler_class == own), None)
-        self._own_class = own
-        self._compiled = lru_cache(maxsize=CACHED_TRAJECTORIES)(self._compile)
-
-    def name(self, sampler: str | None) -> str:
-        """The sampler, or the checkpoint's own for None. Raises UnsupportedError where that one is not built."""
-        name = sampler or self.default
-        if name is None:
-            raise UnsupportedError(
-                f"the checkpoint's own scheduler {self._own_class} is not built; give a sampler: {', '.join(SAMPLERS)}"
-            )
-        return name
-
-    def __call__(self, sampler: str | None, steps: int) -> Trajectory:
-        """The table, which takes some milliseconds the first time. Raises CompileError where it cannot be made."""
-        return self._compiled(self.name(sampler), steps)
-
-    def _compile(self, name: str, steps: int) -> Trajectory:
-        return compile_trajectory(make_scheduler(self._config, SAMPLERS[name]), steps, name)
+def _table(evaluations: list[_Evaluation], fit: _Fit, steps: int) -> dict[str, Any]:
+    """The columns of the Trajectory."""
+    count = len(evaluations)
+    return {
+        "timestep": np.array([evaluation.timestep for evaluation in evaluations]),
+        "input_scale": np.array([evaluation.input_scale for evaluation in evaluations]),
+        **{name: np.array([getattr(row, name) for row in fit.rows], dtype=np.float64) for name in "pqabc"},
+        "remember": np.array([k not in fit.forgotten for k in range(count)]),
+        "draws": np.array([len(evaluation.noises) for evaluation in evaluations]),
+        "steps_done": np.array([(k + 1) * steps // count for k in range(count)]),
+        "residual": fit.residual,
+    }

@@ -8,11 +8,17 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HISTORY", "Trajectory"]
+from diffuserve.errors import UnsupportedError
+
+__all__ = ["HISTORY", "CompileError", "Trajectory"]
 
 HISTORY: Final = 3  # how many earlier u the update may use, beside the newest
 
 Vector = npt.NDArray[np.float64]
+
+
+class CompileError(UnsupportedError):
+    """A scheduler, or its config, that cannot be expressed as a Trajectory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +38,15 @@ class Trajectory:
     draws         how many times standard noise is drawn; n is the last draw
     steps_done    how many denoising steps are complete after the evaluation (Heun's two evaluations are one step)
     initial_scale what standard noise is multiplied by to give the first x
+    schedule      the sigma schedule; None is what the checkpoint's config says
+    residual      the largest relative error with which the table makes diffusers' own step
     """
 
     sampler: str
     steps: int
+    schedule: str | None = None
+    eta: float = 0.0
+    residual: float = 0.0
     initial_scale: float
     timestep: Vector
     input_scale: Vector

@@ -1,0 +1,177 @@
+"""Every sampler, schedule and prediction type through the pool, against diffusers run step by step in float64."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import diffusers
+import pytest
+import torch
+
+from diffuserve.engine import Group, LatentPool, Track
+from diffuserve.errors import UnsupportedError
+from diffuserve.sampling import SAMPLERS, SCHEDULES, TrajectoryCompiler, make_scheduler
+from diffuserve.sampling.matrix import PREDICTIONS, REFERENCE, SPACINGS, cells
+
+STEPS = (1, 2, 4, 10, 20, 50)
+SHAPE = (4, 3, 5)
+NO_SIGMAS = ("ddim", "ddpm", "euler_ancestral", "pndm", "lcm", "tcd")
+#: What diffusers does not have, sampler by sampler: the schedules, and whether sample prediction.
+REFUSED_SCHEDULES = {
+    **{sampler: {"karras", "exponential", "beta"} for sampler in NO_SIGMAS},
+    **{sampler: {"karras", "exponential", "beta", "sgm_uniform"} for sampler in ("lcm", "tcd")},
+    "dpmpp_2s": {"sgm_uniform"},
+}
+NO_SAMPLE_PREDICTION = {"euler_ancestral", "dpm2", "dpm2_ancestral", "pndm"}
+ZERO_SNR = ("ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "lcm", "tcd")
+
+Options = tuple[tuple[str, Any], ...]
+
+
+class Case(NamedTuple):
+    sampler: str
+    schedule: str | None
+    prediction: str
+    steps: int
+    eta: float = 0.0
+    options: Options = ()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return {**REFERENCE, "prediction_type": self.prediction, **dict(self.options)}
+
+
+def _is_refused(sampler: str, schedule: str, prediction: str) -> bool:
+    return schedule in REFUSED_SCHEDULES.get(sampler, ()) or (
+        prediction == "sample" and sampler in NO_SAMPLE_PREDICTION
+    )
+
+
+def _every_case() -> Iterator[Case]:
+    for sampler in SAMPLERS:
+        for schedule in SCHEDULES:
+            for prediction in PREDICTIONS:
+                if not _is_refused(sampler, schedule, prediction):
+                    for steps in STEPS:
+                        yield Case(sampler, schedule, prediction, steps)
+        for spacing in SPACINGS:
+            yield Case(sampler, None, "epsilon", 10, options=(("timestep_spacing", spacing),))
+    for sampler in ("ddim", "tcd"):
+        for eta in (0.3, 1.0):
+            for steps in (1, 4, 20):
+                yield Case(sampler, "normal", "epsilon", steps, eta)
+    zero_snr: Options = (("_class_name", "DDIMScheduler"), ("rescale_betas_zero_snr", True))
+    for sampler in ZERO_SNR:
+        for schedule in SCHEDULES:
+            if not _is_refused(sampler, schedule, "v_prediction"):
+                for steps in (1, 4, 20):
+                    yield Case(sampler, schedule, "v_prediction", steps, options=zero_snr)
+
+
+CASES = {case: number for number, case in enumerate(_every_case())}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Some schedulers say on every table what they adjust."""
+    before = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    yield
+    diffusers.logging.set_verbosity(before)
+
+
+@cache
+def _outputs(case: Case, evaluations: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(CASES[case])
+    return torch.randn((evaluations, *SHAPE), generator=generator, dtype=torch.float64)
+
+
+@cache
+def _scheduler(sampler: str, schedule: str | None, config: Options) -> Any:
+    return make_scheduler(dict(config), SAMPLERS[sampler], schedule)
+
+
+@torch.inference_mode()
+def _by_diffusers(case: Case, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """diffusers' own loop; noise as its float32 pipelines draw it, so that a generator gives the same."""
+    scheduler = copy.deepcopy(_scheduler(case.sampler, case.schedule, tuple(case.config.items())))
+    scheduler.set_timesteps(case.steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    generator = torch.Generator().manual_seed(CASES[case])
+    first = torch.randn((1, *SHAPE), generator=generator)
+    takes = inspect.signature(scheduler.step).parameters
+    offered = {"eta": case.eta, "generator": generator}
+    options = {name: value for name, value in offered.items() if name in takes}
+
+    def draw(shape: Any, generator: Any = None, **_: Any) -> torch.Tensor:
+        return torch.randn(tuple(shape), generator=generator).double()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False)
+        x = first.double() * float(scheduler.init_noise_sigma)
+        outputs = _outputs(case, len(scheduler.timesteps))
+        for k, t in enumerate(scheduler.timesteps):
+            scheduler.scale_model_input(x, t)
+            x = scheduler.step(outputs[k][None], t, x, return_dict=False, **options)[0].double()
+    return x[0]
+
+
+def _track(case: Case, compiler: TrajectoryCompiler) -> Track:
+    trajectory = compiler(case.sampler, case.steps, case.schedule, case.eta)
+    generator = torch.Generator().manual_seed(CASES[case])
+    return Track(
+        group=Group("any", 3, 5),
+        trajectory=trajectory,
+        guidance_scale=1.0,
+        latents=torch.randn((1, *SHAPE), generator=generator)[0] * trajectory.initial_scale,
+        conditioning={"encoder_hidden_states": torch.zeros(1, 2, 2)},
+        generator=generator,
+    )
+
+
+def test_every_sampler_agrees_with_diffusers_mixed_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = {tuple(case.config.items()) for case in CASES}
+    compilers = {config: TrajectoryCompiler(dict(config)) for config in configs}
+    tracks = {case: _track(case, compilers[tuple(case.config.items())]) for case in CASES}
+    pool = LatentPool()
+    for track in tracks.values():
+        pool.join(track)
+    while running := {case: track for case, track in tracks.items() if not track.is_done}:
+
+        def denoise(sample: torch.Tensor, timestep: torch.Tensor, told: Any) -> torch.Tensor:
+            rows = [_outputs(case, track.trajectory.evaluations)[track.evaluation] for case, track in running.items()]
+            assert len(rows) == len(sample) == len(timestep) == len(told["encoder_hidden_states"])
+            return torch.stack(rows).float()
+
+        pool.step(list(running.values()), denoise)
+
+    errors = {}
+    for case, track in tracks.items():
+        expected = _by_diffusers(case, monkeypatch)
+        errors[case] = float((pool.leave(track).double() - expected).abs().max() / expected.abs().max())
+    wrong = {case: error for case, error in errors.items() if not error <= 1e-5}
+    assert not wrong, f"{len(wrong)} of {len(errors)} differ: {wrong}"
+
+
+def test_what_is_refused_does_not_grow() -> None:
+    refused = {(cell.sampler, cell.schedule, cell.prediction) for cell in cells() if cell.made is None}
+    assert refused == {
+        (sampler, schedule, prediction)
+        for sampler in SAMPLERS
+        for schedule in SCHEDULES
+        for prediction in PREDICTIONS
+        if _is_refused(sampler, schedule, prediction)
+    }
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in ZERO_SNR])
+def test_zero_terminal_snr_is_refused_where_diffusers_has_none(sampler: str) -> None:
+    compiler = TrajectoryCompiler({**REFERENCE, "_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True})
+    with pytest.raises(UnsupportedError, match="zero terminal SNR"):
+        compiler(sampler, 10)
