@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,17 @@ def test_pndm_forgets_its_second_evaluation() -> None:
 def test_tables_are_cached() -> None:
     compiler = TrajectoryCompiler(SD15)
     assert compiler("ddim", 20) is compiler("ddim", 20)
+
+
+def test_tables_may_be_asked_for_from_several_threads() -> None:
+    asked = [(sampler, steps) for steps in (3, 8) for sampler in ("ddpm", "dpmpp_2m_sde", "euler_ancestral", "lcm")] * 3
+    compiler = TrajectoryCompiler(SD15)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda one: compiler(*one), asked))
+    for (sampler, steps), table in zip(asked, made, strict=True):
+        alone = TrajectoryCompiler(SD15)(sampler, steps)
+        assert np.array_equal(table.coefficients(), alone.coefficients())
+        assert np.array_equal(table.draws, alone.draws)
 
 
 @pytest.mark.parametrize("option", ["clip_sample", "thresholding"])
