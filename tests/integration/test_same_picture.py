@@ -61,6 +61,75 @@ def test_no_pixel_differs_by_more_than_two_levels(client: Client, pipeline: Any,
             assert difference <= 2, f"{sampler} {steps} steps {size} guidance {guidance} seed {seed}: {difference}/255"
 
 
+#: What is asked for, and diffusers' scheduler and options for it. One size and seed each.
+OTHERS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "ddim eta": ({"sampler": "ddim", "eta": 0.5}, "DDIMScheduler", {}),
+    "ddpm": ({"sampler": "ddpm"}, "DDPMScheduler", {}),
+    "euler karras": (
+        {"sampler": "EulerDiscreteScheduler", "sigma_schedule": "karras"},
+        "EulerDiscreteScheduler",
+        {"use_karras_sigmas": True},
+    ),
+    "euler a": ({"sampler": "Euler a"}, "EulerAncestralDiscreteScheduler", {}),
+    "heun": ({"sampler": "heun"}, "HeunDiscreteScheduler", {}),
+    "dpm2": ({"sampler": "DPM2"}, "KDPM2DiscreteScheduler", {}),
+    "dpm2 a karras": (
+        {"sampler": "DPM2 a Karras"},
+        "KDPM2AncestralDiscreteScheduler",
+        {"use_karras_sigmas": True},
+    ),
+    "lms": ({"sampler": "lms"}, "LMSDiscreteScheduler", {}),
+    "dpmpp_2m sgm_uniform": (
+        {"sampler": "dpmpp_2m", "sigma_schedule": "sgm_uniform"},
+        "DPMSolverMultistepScheduler",
+        {"timestep_spacing": "trailing"},
+    ),
+    "dpmpp_3m beta": (
+        {"sampler": "dpmpp_3m", "sigma_schedule": "beta"},
+        "DPMSolverMultistepScheduler",
+        {"solver_order": 3, "use_beta_sigmas": True, "timestep_spacing": "linspace"},
+    ),
+    "dpmpp_2m_sde karras": (
+        {"sampler": "DPM++ 2M SDE Karras"},
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "dpmpp_2s": ({"sampler": "dpmpp_2s"}, "DPMSolverSinglestepScheduler", {}),
+    "unipc": ({"sampler": "UniPC"}, "UniPCMultistepScheduler", {}),
+    "unipc exponential": (
+        {"sampler": "unipc", "sigma_schedule": "exponential"},
+        "UniPCMultistepScheduler",
+        {"use_exponential_sigmas": True, "timestep_spacing": "linspace"},
+    ),
+    "deis": ({"sampler": "deis"}, "DEISMultistepScheduler", {}),
+    "lcm": ({"sampler": "lcm"}, "LCMScheduler", {}),
+    "tcd eta": ({"sampler": "tcd", "eta": 0.3}, "TCDScheduler", {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_sampler_makes_diffusers_picture(client: Client, pipeline: Any, name: str) -> None:
+    asked, class_name, options = OTHERS[name]
+    served = client.generate(PROMPT, steps=20, guidance_scale=4.0, seed=77, **asked).image
+    expected = diffusers.StableDiffusionPipeline(
+        **{
+            **pipeline.components,
+            "scheduler": getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **options),
+        },
+        requires_safety_checker=False,
+    )
+    expected.set_progress_bar_config(disable=True)
+    (image,) = expected(
+        PROMPT,
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        eta=asked.get("eta", 0.0),
+        generator=torch.Generator().manual_seed(77),
+    ).images
+    difference = np.abs(np.asarray(served).astype(int) - np.asarray(image).astype(int)).max()
+    assert difference <= 2, f"{name}: {difference}/255"
+
+
 def test_a_negative_prompt_is_diffusers_negative_prompt(client: Client, pipeline: Any) -> None:
     negative = Scene("small", "green", "ring", "white").caption
     served = client.generate(PROMPT, negative_prompt=negative, steps=8, guidance_scale=4.0, seed=5).image
