@@ -38,7 +38,7 @@ def test_what_is_reported_makes_the_same_picture(
 ) -> None:
     resolved = checkpoint.resolve(ask(**asked))
     assert (resolved.sampler, resolved.sigma_schedule, resolved.eta) == (sampler, schedule, asked.get("eta", 0.0))
-    reported = resolved.parameters(0)
+    reported: dict[str, Any] = resolved.parameters(0)
     again = checkpoint.resolve(GenerateRequest(**{name: reported[name] for name in GenerateRequest.field_names()}))
     assert again.parameters(0) == reported
     assert checkpoint.trajectory(again) is checkpoint.trajectory(resolved)
