@@ -16,7 +16,7 @@ __all__ = ["FileHashes", "export_key", "write_atomically"]
 
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers", "tokenizers")
 # Of the runtime package, what decides what an export writes.
-_RUNTIME_FILES: Final = ("spec.py", "manifest.py")
+_RUNTIME_FILES: Final = ("spec.py", "manifest.py", "profiles.py")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -75,7 +75,7 @@ def export_key(files: Mapping[str, Path], options: Mapping[str, Any], hashes: Fi
 
 def _code_files() -> Iterable[Path]:
     runtime = Path(diffuserve.__file__).parent
-    return [*sorted(Path(__file__).parent.glob("*.py")), *(runtime / name for name in _RUNTIME_FILES)]
+    return [*sorted(Path(__file__).parent.rglob("*.py")), *(runtime / name for name in _RUNTIME_FILES)]
 
 
 def _code_hash(files: Iterable[Path]) -> str:

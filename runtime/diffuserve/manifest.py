@@ -14,39 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from diffuserve.errors import InvalidArgumentError
+from diffuserve.profiles import EngineFacts, Range
 
 __all__ = ["FORMAT_VERSION", "Component", "Deployment", "Manifest", "Range", "TensorShape"]
 
 FORMAT_VERSION: Final = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """min, opt and max of an engine profile's dimension, and the step that values must keep to."""
-
-    min: int
-    opt: int
-    max: int
-    step: int = 1
-
-    def __post_init__(self) -> None:
-        if not (0 < self.min <= self.opt <= self.max and self.step > 0):
-            raise InvalidArgumentError(f"{self} is no range: it needs 0 < min <= opt <= max and a step above 0")
-        if self.min % self.step or self.opt % self.step or self.max % self.step:
-            raise InvalidArgumentError(f"{self}: min, opt and max must be multiples of {self.step}")
-
-    def check(self, name: str, value: int) -> None:
-        """Raise InvalidArgumentError where `value` is outside the range or between its steps."""
-        if not self.min <= value <= self.max or value % self.step:
-            raise InvalidArgumentError(
-                f"{name} is {value}, and must be a multiple of {self.step} from {self.min} to {self.max}",
-                input=name,
-                value=value,
-                minimum=self.min,
-                maximum=self.max,
-                step=self.step,
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +32,17 @@ class TensorShape:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One component and the Triton model that serves it. `sha256` and `bytes` are of its weights and graph."""
+    """One component and the Triton model that serves it.
+
+    `sha256` and `bytes` are of its weights and graph, or of its engine; `engine` says more of that.
+    """
 
     model: str
     inputs: tuple[TensorShape, ...]
     outputs: tuple[TensorShape, ...]
     sha256: str
     bytes: int
+    engine: EngineFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +69,14 @@ class Manifest:
     components: Mapping[str, Component]
     format_version: int = FORMAT_VERSION
 
+    def max_rows(self, component: str, width: int, height: int) -> int:
+        """The most rows of one call for pictures of that size: an engine's profiles bound them by their pixels."""
+        engine = self.components[component].engine
+        if engine is None:
+            return self.rows.max
+        latent = {"latent_width": width // self.latent_scale, "latent_height": height // self.latent_scale}
+        return engine.max_rows({"width": width, "height": height, **latent})
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
@@ -118,6 +102,7 @@ def _component(raw: dict[str, Any]) -> Component:
         outputs=tuple(_tensor(one) for one in raw["outputs"]),
         sha256=raw["sha256"],
         bytes=raw["bytes"],
+        engine=EngineFacts.from_dict(raw["engine"]) if raw.get("engine") else None,
     )
 
 
