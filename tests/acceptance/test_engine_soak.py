@@ -63,7 +63,7 @@ class Counted(Recorder):
 
 def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
     models, rng, outcomes = Flaky(), random.Random(7), Counter[str]()
-    policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 16, max_images=AT_ONCE + 8)
+    policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 16, max_images=2 * AT_ONCE)
     service = DiffusionService(write_deployment(tmp_path, "one", "two"), models.runner(), policy=policy)
     places, process, memory = threading.Semaphore(AT_ONCE), psutil.Process(), list[int]()
     replies: list[Counted] = []
@@ -109,7 +109,9 @@ def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
 
 def _settle(replies: list[Counted]) -> Counter[str]:
     """Wait for all of them; Recorder itself asserts that nothing comes after an end."""
-    outcomes = Counter(reply.error.code if reply.wait().error else "done" for reply in replies)
+    for reply in replies:
+        reply.wait()
+    outcomes = Counter(reply.error.code if reply.error else "done" for reply in replies)
     assert all(reply.finals == 1 for reply in replies)
     replies.clear()
     return outcomes

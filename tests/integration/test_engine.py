@@ -51,7 +51,7 @@ class Background:
     """A request that runs beside the test, with an event for its first step."""
 
     def __init__(self, client: Client, **values: Any) -> None:
-        self.first_step, self.result = threading.Event(), None
+        self.first_step, self.result = threading.Event(), dict[str, Any]()
         self._request = GenerateRequest(prompt="a circle", progress_every=1, **values)
         self._thread = threading.Thread(target=self._run, args=(client,))
         self._thread.start()
@@ -65,7 +65,7 @@ class Background:
 
     def wait(self) -> Any:
         self._thread.join(60)
-        assert self.result is not None
+        assert self.result, "it ended without a picture"
         return self.result
 
 

@@ -38,7 +38,9 @@ def models() -> FakeModels:
 
 @pytest.fixture
 def service(tmp_path: Path, models: FakeModels) -> Iterator[DiffusionService]:
-    service = DiffusionService(write_deployment(tmp_path, "fake"), models.runner())
+    # Fakes cost nothing, so no count of rows is better than another.
+    policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 64, efficiency=None)
+    service = DiffusionService(write_deployment(tmp_path, "fake"), models.runner(), policy=policy)
     yield service
     service.close()
 
@@ -262,19 +264,15 @@ def test_a_deadline_that_passes_ends_the_request_and_frees_its_rows(
 
 def test_higher_priority_goes_first_when_rows_are_short(tmp_path: Path, models: FakeModels) -> None:
     service = DiffusionService(write_deployment(tmp_path, "fake", max_rows=2), models.runner())
-    gate, ended = Gate(models), list[str]()
+    gate = Gate(models)
     first = ask(service, steps=2)
     gate.wait()
-    replies = {name: Recorder() for name in ("low", "high")}
-    for name, reply in replies.items():
-        reply.on_event = lambda event, name=name: ended.append(name)  # type: ignore[misc]
-        values = {"prompt": "a", "seed": 1, "steps": 4, "sampler": "ddim", "priority": 5 if name == "high" else 0}
-        service.submit(GenerateRequest(**values), reply)  # type: ignore[arg-type]
+    low, high = ask(service, priority=0), ask(service, priority=5)
     _until_encoded(service, 2)
     gate.open()
-    for reply in (first, *replies.values()):
+    for reply in (first, low, high):
         reply.wait()
-    assert ended == ["high", "low"]
+    assert high.events[0].info["joined_at_step"] < low.events[0].info["joined_at_step"]
     service.close()
 
 

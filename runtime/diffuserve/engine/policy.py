@@ -68,7 +68,8 @@ class StepPolicy:
     max_images    the images that may be in the server at once
     row_buckets   the row counts of an engine that wants fixed shapes, ascending; empty for any count
     target_step   seconds that a call should not exceed, where a smaller one is possible; None is no target
-    efficiency    of the best rows a second that is enough: more rows a call would only make each step slower
+    efficiency    of the best rows a second that is enough: more rows a call would only make each step slower. None
+                  fills every call to max_rows
     ageing        seconds without a step after which an image counts as one priority higher
     """
 
@@ -77,7 +78,7 @@ class StepPolicy:
     max_images: int = MAX_IMAGES
     row_buckets: tuple[int, ...] = ()
     target_step: float | None = None
-    efficiency: float = 0.9
+    efficiency: float | None = 0.9
     ageing: float = 5.0
     # Work that each client tag has had, as fair queueing's virtual time (Goyal et al. 1996, start-time fair queueing):
     # kept for tags with images in the server only, so its size is bounded.
@@ -128,7 +129,7 @@ class StepPolicy:
     def row_cap(self, group: Group) -> int:
         """The most rows of a group's next call."""
         most = max(2, self.max_rows(group))
-        cap = self.costs.efficient_rows(group, most, self.efficiency)
+        cap = most if self.efficiency is None else self.costs.efficient_rows(group, most, self.efficiency)
         if self.target_step is not None:
             while cap > 2 and self.costs.seconds(group, cap) > self.target_step:
                 cap -= 1
