@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -18,14 +20,22 @@ from torch.utils.dlpack import from_dlpack
 
 from diffuserve import errors, wire
 from diffuserve.components import CallLog, ComponentRunner
+from diffuserve.logs import LogTelemetry, log_as_json
 from diffuserve.manifest import Component, Deployment
+from diffuserve.metrics import BackgroundRegistry, Metric, MetricsTelemetry
 from diffuserve.request import Event
 from diffuserve.service import DiffusionService
+from diffuserve.spec import device_kind
+from diffuserve.telemetry import Fanout, Telemetry
 
-__all__ = ["CALL_LOG_VARIABLE", "DEPLOYMENT_VARIABLE", "DiffusionModel"]
+__all__ = ["CALL_LOG_VARIABLE", "DEPLOYMENT_VARIABLE", "LOG_LEVEL_VARIABLE", "OVERLAP_VARIABLE", "DiffusionModel"]
 
 DEPLOYMENT_VARIABLE: Final = "DIFFUSERVE_DEPLOYMENT"
 CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each component call to, for benches
+LOG_LEVEL_VARIABLE: Final = "DIFFUSERVE_LOG_LEVEL"
+OVERLAP_VARIABLE: Final = "DIFFUSERVE_OVERLAP"  # 0 makes one component call at a time, for benches
+
+_OPENING_SECONDS: Final = 2.0
 
 _log: Final = logging.getLogger(__name__)
 
@@ -43,13 +53,36 @@ _STATUS: Final = {
 
 
 class BlsRunner:
-    """Runs component models by Triton's business logic scripting."""
+    """Runs component models by Triton's business logic scripting; outputs stay on the loop's device.
 
-    def run(self, component: Component, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    Refuses until `open` is called. Triton takes calls as soon as `initialize` returned, but makes what serves them
+    a moment later: a call in between ends the server's process with a segmentation fault.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._open = device, False
+        self._options: dict[str, Any] = {}
+        if device.type == "cuda":  # outputs go to the CPU's memory unless they are asked not to
+            memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, device.index)
+            self._options["preferred_memory"] = memory
+
+    def open(self) -> None:
+        self._open = True
+
+    def run(
+        self, component: Component, inputs: Mapping[str, torch.Tensor], *, trace: object | None = None
+    ) -> dict[str, torch.Tensor]:
+        if not self._open:
+            raise errors.ComponentFailedError(
+                f"{component.model} cannot be called while Triton makes this model's instance; try again in a moment",
+                component=component.model,
+            )
         request = pb_utils.InferenceRequest(
             model_name=component.model,
             requested_output_names=[output.name for output in component.outputs],
             inputs=[pb_utils.Tensor.from_dlpack(name, tensor.contiguous()) for name, tensor in inputs.items()],
+            parameters=dict(trace) if isinstance(trace, Mapping) else {},
+            **self._options,
         )
         try:
             response = request.exec()
@@ -60,7 +93,53 @@ class BlsRunner:
         if response.has_error():
             message = response.error().message()
             raise errors.ComponentFailedError(f"{component.model} failed: {message}", component=component.model)
-        return {tensor.name(): from_dlpack(tensor.to_dlpack()) for tensor in response.output_tensors()}
+        return {tensor.name(): self._taken(component, tensor) for tensor in response.output_tensors()}
+
+    def _taken(self, component: Component, tensor: Any) -> torch.Tensor:
+        """An output as torch's tensor, once it is known to be on the loop's device."""
+        taken = from_dlpack(tensor.to_dlpack())
+        if taken.device != self._device:
+            raise errors.ComponentFailedError(
+                f"{component.model} gave {tensor.name()} on {taken.device}, and the loop steps on {self._device}: "
+                "give the model an instance on that device (instance_group, gpus), and Triton enough of its memory "
+                "(--cuda-memory-pool-byte-size)",
+                component=component.model,
+                output=tensor.name(),
+            )
+        return taken
+
+
+class TritonMetrics:
+    """A registry whose series are at the server's metrics port.
+
+    Each call crosses to the server's process, in about 20 microseconds, and gives up the interpreter's lock
+    meanwhile, which takes milliseconds to get back while another thread computes: not for the stepping thread.
+    """
+
+    def __init__(self) -> None:
+        self._families: dict[str, Any] = {}
+        self._series: dict[tuple[str, tuple[str, ...]], Any] = {}
+
+    def declare(self, metric: Metric, labels: tuple[str, ...]) -> None:
+        self._one(metric, labels)
+
+    def update(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:
+        series = self._one(metric, labels)
+        act = {"counter": "increment", "gauge": "set", "histogram": "observe"}[metric.kind]
+        getattr(series, act)(value)
+
+    def _one(self, metric: Metric, labels: tuple[str, ...]) -> Any:
+        series = self._series.get((metric.name, labels))
+        if series is None:
+            family = self._families.get(metric.name)
+            if family is None:
+                kind = getattr(pb_utils.MetricFamily, metric.kind.upper())
+                family = pb_utils.MetricFamily(name=metric.name, description=metric.help, kind=kind)
+                self._families[metric.name] = family
+            options = {"buckets": list(metric.bounds)} if metric.kind == "histogram" else {}
+            series = family.Metric(labels=dict(zip(metric.labels, labels, strict=True)), **options)
+            self._series[metric.name, labels] = series
+        return series
 
 
 class TritonReply:
@@ -93,8 +172,8 @@ class TritonReply:
 class DiffusionModel:
     """What Triton calls."""
 
-    def initialize(self, args: Mapping[str, str]) -> None:  # noqa: ARG002 - Triton's signature
-        logging.basicConfig(level=os.environ.get("DIFFUSERVE_LOG_LEVEL", "INFO"), format="%(levelname)s %(message)s")
+    def initialize(self, args: Mapping[str, str]) -> None:
+        log_as_json(os.environ.get(LOG_LEVEL_VARIABLE, "INFO"))
         root = os.environ.get(DEPLOYMENT_VARIABLE)
         if not root:
             raise pb_utils.TritonModelException(
@@ -102,26 +181,81 @@ class DiffusionModel:
             )
         # The engines have the cores, or the GPU; the loop's own arithmetic is a few numbers a row.
         torch.set_num_threads(1)
-        runner: ComponentRunner = BlsRunner()
+        deployment = Deployment.load(Path(root))
+        device = _device(deployment, args)
+        self._bls = BlsRunner(device)
+        runner: ComponentRunner = self._bls
         if log := os.environ.get(CALL_LOG_VARIABLE):
             runner = CallLog(runner, Path(log))
-        self._service = DiffusionService(Deployment.load(Path(root)), runner)
+        self._registry = BackgroundRegistry(TritonMetrics())
+        self._telemetry = _telemetry(self._registry, deployment)
+        self._service = DiffusionService(
+            deployment,
+            runner,
+            telemetry=self._telemetry,
+            calibrate=True,
+            overlap=os.environ.get(OVERLAP_VARIABLE) != "0",
+            device=device,
+        )
+        # The first request shows that the instance is made. A server that gets none still measures its engines.
+        self._opening = threading.Timer(_OPENING_SECONDS, self._bls.open)
+        self._opening.daemon = True
+        self._opening.start()
 
     def execute(self, requests: list[Any]) -> None:
+        self._bls.open()
         for request in requests:
             self._accept(request)
 
     def _accept(self, request: Any) -> None:
         reply = TritonReply(request.get_response_sender())
+        request_id = request.request_id() or uuid.uuid4().hex
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             parameters = json.loads(request.parameters() or "{}")
-            self._service.submit(wire.decode_request(tensors, parameters), reply)
+            trace = _trace_context(request)
+            if trace:
+                _log.info("request traced", extra={"request_id": request_id, **trace})
+            self._service.submit(wire.decode_request(tensors, parameters), reply, request_id=request_id, trace=trace)
         except errors.DiffuserveError as error:
-            reply.fail(error)
+            self._refuse(reply, request_id, error)
         except Exception as error:
-            _log.exception("a request could not be accepted")
-            reply.fail(errors.InternalError(f"a bug in the server: {error!r}"))
+            _log.exception("a request could not be accepted", extra={"request_id": request_id})
+            self._refuse(reply, request_id, errors.InternalError(f"a bug in the server: {error!r}"))
+
+    def _refuse(self, reply: TritonReply, request_id: str, error: errors.DiffuserveError) -> None:
+        _log.info("request refused", extra={"request_id": request_id, "outcome": error.code, "reason": error.message})
+        self._telemetry.refused(error.code)
+        reply.fail(error)
 
     def finalize(self) -> None:
+        self._opening.cancel()
         self._service.close()
+        self._registry.close()
+
+
+def _device(deployment: Deployment, args: Mapping[str, str]) -> torch.device:
+    """Where the loop keeps its tensors: on a GPU, this instance's, or the first that the server sees."""
+    kind = device_kind(deployment.manifest(name).target for name in deployment.checkpoints)
+    if kind == "cpu":
+        return torch.device("cpu")
+    index = args["model_instance_device_id"] if args["model_instance_kind"] == "GPU" else "0"
+    return torch.device(kind, int(index))
+
+
+def _telemetry(registry: BackgroundRegistry, deployment: Deployment) -> Telemetry:
+    try:
+        return Fanout(LogTelemetry(), MetricsTelemetry(registry, deployment.checkpoints))
+    except pb_utils.TritonModelException as error:
+        _log.warning("the server publishes no metrics (%s)", error)
+        return LogTelemetry()
+
+
+def _trace_context(request: Any) -> dict[str, str] | None:
+    """The W3C trace context of a request that the server traces with OpenTelemetry: traceparent, and tracestate.
+
+    The text, and not the trace: Triton frees that while the request still steps, and a call that is given a freed
+    trace ends the server's process with a segmentation fault.
+    """
+    context = request.trace().get_context()
+    return {str(name): str(value) for name, value in json.loads(context).items()} if context else None
