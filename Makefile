@@ -47,6 +47,7 @@ check: $(INSTALLED) ## Formatting, lint, types, and generated files that must no
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 	$(PYTHON) -m diffuserve_export.public_model --check
+	$(PYTHON) -m diffuserve_export.operations_page --check
 	$(PYTHON) -m diffuserve.sampling.matrix --check
 
 format: $(INSTALLED) ## Apply ruff's formatting and safe fixes

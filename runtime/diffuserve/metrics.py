@@ -42,7 +42,8 @@ class Metric:
     bounds: tuple[float, ...] = ()
 
 
-_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_STEP_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_REQUEST_SECONDS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0)
 
 ACTIVE: Final = Metric("diffuserve_requests_active", "gauge", "Requests that are being stepped")
 WAITING: Final = Metric("diffuserve_requests_waiting", "gauge", "Requests that wait for their first step")
@@ -69,14 +70,14 @@ REQUEST_SECONDS: Final = Metric(
     "histogram",
     "Seconds from a request's arrival to its last picture",
     ("checkpoint",),
-    _SECONDS,
+    _REQUEST_SECONDS,
 )
 JOIN_WAIT: Final = Metric(
     "diffuserve_join_wait_seconds",
     "histogram",
     "Seconds from an image's latents and text being ready to its first UNet call",
     ("checkpoint",),
-    _SECONDS,
+    _STEP_SECONDS,
 )
 STEP_ROWS: Final = Metric(
     "diffuserve_step_rows",
@@ -90,7 +91,7 @@ STEP_SECONDS: Final = Metric(
     "histogram",
     "Seconds of each UNet call with the work around it; its _sum is the time spent stepping",
     ("checkpoint",),
-    _SECONDS,
+    _STEP_SECONDS,
 )
 ENGINE_SECONDS: Final = Metric(
     "diffuserve_engine_seconds_total",
@@ -221,6 +222,8 @@ class BackgroundRegistry:
 
     def _flush(self) -> None:
         noted = [self._noted.popleft() for _ in range(len(self._noted))]
+        if not noted:
+            return
         try:
             for metric, labels, value in _merged(noted):
                 self._registry.update(metric, labels, value)

@@ -1,0 +1,108 @@
+"""Triton's side of the runtime over a stand-in for its Python module: what cannot be tried without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.dlpack import to_dlpack
+
+from diffuserve.errors import ComponentFailedError
+from diffuserve.manifest import Component, TensorShape
+
+UNET = Component("shapes_unet", (), (TensorShape("model_output", "FP32", ("rows",)),), "", 0)
+
+
+class Tensor:
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self._name, self._tensor = name, tensor
+
+    @classmethod
+    def from_dlpack(cls, name: str, tensor: torch.Tensor) -> Tensor:
+        return cls(name, tensor)
+
+    def name(self) -> str:
+        return self._name
+
+    def to_dlpack(self) -> Any:
+        return to_dlpack(self._tensor)  # type: ignore[no-untyped-call]
+
+
+class InferenceRequest:
+    """Answers each output with ones in the CPU's memory, and keeps what it was made with."""
+
+    made: list[dict[str, Any]]
+
+    def __init__(self, **options: Any) -> None:
+        InferenceRequest.made.append(options)
+
+    def exec(self) -> Any:
+        outputs = [Tensor(name, torch.ones(2)) for name in InferenceRequest.made[-1]["requested_output_names"]]
+        return SimpleNamespace(has_error=lambda: False, output_tensors=lambda: outputs)
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    stand_in = ModuleType("triton_python_backend_utils")
+    InferenceRequest.made = []
+    vars(stand_in).update(
+        Tensor=Tensor,
+        InferenceRequest=InferenceRequest,
+        TRITONSERVER_MEMORY_GPU="gpu",
+        PreferredMemory=lambda kind, device: (kind, device),
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
+    monkeypatch.delitem(sys.modules, "diffuserve.triton", raising=False)
+    yield importlib.import_module("diffuserve.triton")
+    sys.modules.pop("diffuserve.triton", None)
+
+
+def opened(triton: Any, device: torch.device) -> Any:
+    runner = triton.BlsRunner(device)
+    runner.open()
+    return runner
+
+
+def test_outputs_on_the_cpu_are_taken_as_they_come(triton: Any) -> None:
+    outputs = opened(triton, torch.device("cpu")).run(UNET, {"sample": torch.zeros(2)})
+    assert torch.equal(outputs["model_output"], torch.ones(2))
+    assert "preferred_memory" not in InferenceRequest.made[0]
+    assert InferenceRequest.made[0]["parameters"] == {}
+
+
+def test_a_gpu_is_asked_for_and_outputs_elsewhere_are_refused(triton: Any) -> None:
+    runner = opened(triton, torch.device("cuda", 1))
+    with pytest.raises(ComponentFailedError, match=r"gave model_output on cpu, and the loop steps on cuda:1: .*pool"):
+        runner.run(UNET, {"sample": torch.zeros(2)})
+    assert InferenceRequest.made[0]["preferred_memory"] == ("gpu", 1)
+
+
+def test_a_trace_context_goes_along_as_parameters(triton: Any) -> None:
+    runner = opened(triton, torch.device("cpu"))
+    runner.run(UNET, {"sample": torch.zeros(2)}, trace={"traceparent": "00-1-2-01"})
+    assert InferenceRequest.made[0]["parameters"] == {"traceparent": "00-1-2-01"}
+    assert "trace" not in InferenceRequest.made[0]
+
+
+def test_nothing_is_called_before_triton_can_take_it(triton: Any) -> None:
+    runner = triton.BlsRunner(torch.device("cpu"))
+    with pytest.raises(ComponentFailedError, match="shapes_unet cannot be called while Triton makes"):
+        runner.run(UNET, {"sample": torch.zeros(2)})
+    assert not InferenceRequest.made
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "expected"),
+    [("onnxruntime-cpu", "CPU", "cpu"), ("tensorrt", "CPU", "cuda:0"), ("tensorrt", "GPU", "cuda:3")],
+)
+def test_the_loop_s_device_follows_the_export_and_the_instance(
+    triton: Any, target: str, kind: str, expected: str
+) -> None:
+    deployment = SimpleNamespace(checkpoints=("a",), manifest=lambda name: SimpleNamespace(target=target))
+    arguments = {"model_instance_kind": kind, "model_instance_device_id": "3" if kind == "GPU" else "0"}
+    assert str(triton._device(deployment, arguments)) == expected
