@@ -98,14 +98,17 @@ class Checkpoint:
         return self._compile(resolved.sampler, resolved.request.steps, resolved.sigma_schedule, resolved.eta)
 
     def encode_prompts(
-        self, prompts: list[str], *, trace: object | None = None
+        self, prompts: list[str], trace: object | None = None
     ) -> tuple[dict[str, torch.Tensor], list[Prompt]]:
         """What the UNet is told, by input name [len(prompts), ...], and the prompts as they were read."""
         read = [self._tokenizer(prompt) for prompt in prompts]
+        rows: dict[tuple[int, ...], int] = {}  # each prompt once: many requests share their negative prompt
+        row_of = [rows.setdefault(tuple(one.ids[0].tolist()), len(rows)) for one in read]
         component = self.manifest.components[TEXT_ENCODER]
-        outputs = self._runner.run(component, {"input_ids": torch.cat([one.ids for one in read])}, trace=trace)
-        # A copy, since it is kept for as long as the request runs and the component's memory is lent.
-        hidden_states = check_rows(component, outputs["hidden_states"], len(read)).to(torch.float32, copy=True)
+        ids = torch.tensor(list(rows), dtype=torch.int32)
+        outputs = self._runner.run(component, {"input_ids": ids}, trace=trace)
+        # The rows are copied: they are kept for as long as the request runs, and the component's memory is lent.
+        hidden_states = check_rows(component, outputs["hidden_states"], len(rows))[row_of].to(torch.float32)
         return {HIDDEN_STATES: hidden_states}, read
 
     def first_latents(self, resolved: ResolvedRequest, generator: torch.Generator, scale: float) -> torch.Tensor:

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from diffuserve.checkpoint import ResolvedRequest
 from diffuserve.engine import Demand, Eta, Track
-from diffuserve.errors import DeadlineError, DiffuserveError, InternalError
+from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
 from diffuserve.request import Event, EventKind
+from diffuserve.sampling import Trajectory
 
 __all__ = ["Job", "Reply"]
 
@@ -32,19 +33,29 @@ class Job:
     """
 
     def __init__(
-        self, resolved: ResolvedRequest, demands: Sequence[Demand], reply: Reply, request_id: str, trace: object | None
+        self,
+        resolved: ResolvedRequest,
+        trajectory: Trajectory,
+        demands: Sequence[Demand],
+        reply: Reply,
+        request_id: str,
+        trace: object | None,
     ) -> None:
-        self.resolved, self.request_id, self.trace = resolved, request_id, trace
+        self.resolved, self.trajectory, self.request_id, self.trace = resolved, trajectory, request_id, trace
+        request = resolved.request
+        #: What the text encoder reads: a row each.
+        self.prompts = [request.prompt, request.negative_prompt] if resolved.guided else [request.prompt]
+        #: Its place before text encoding and VAE decoding: priority, then the shorter one, as in the loop.
+        self.urgency = (-request.priority, trajectory.evaluations)
         self.accepted_at = time.monotonic()
-        wait_ms = resolved.request.deadline_ms
-        self.deadline = self.accepted_at + wait_ms / 1000 if wait_ms else None
+        self.deadline = self.accepted_at + request.deadline_ms / 1000 if request.deadline_ms else None
         self.demands = tuple(demands)
         self.eta = Eta(0.0, 0.0)
         self.tracks: tuple[Track, ...] = ()
         self.ready_at = self.stepped_at = 0.0
         self.tokens_cut = 0
         self._reply = reply
-        self._left = resolved.request.num_images
+        self._left = request.num_images
         self._ended = False
         self._lock = threading.Lock()
         #: Called once, with "done" or the error's code, before the final response is sent.
@@ -63,13 +74,15 @@ class Job:
     def is_cancelled(self) -> bool:
         return self._ended or self._reply.is_cancelled()
 
-    def check_deadline(self) -> None:
-        """Raises DeadlineError once it has passed."""
+    def begin(self) -> None:
+        """Tell a client that wants to see progress what it waits for.
+
+        Raises CancelledError or DeadlineError where there is nothing to begin any more.
+        """
+        if self.is_cancelled():
+            raise CancelledError("the client cancelled")
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise DeadlineError("the deadline passed before the first step; allow more time", steps_done=0)
-
-    def queued(self) -> None:
-        """Tell a client that wants to see progress what it waits for."""
         if self.resolved.request.progress_every:
             self._send(self._event("queued", 0, 0, b"", {"eta_ms": round(1000 * self.eta.seconds)}))
 

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
 import torch
@@ -37,20 +37,23 @@ from diffuserve.job import Job, Reply
 from diffuserve.manifest import Deployment
 from diffuserve.request import GenerateRequest
 from diffuserve.sampling import Trajectory
-from diffuserve.spec import UNET
+from diffuserve.spec import TEXT_ENCODER, UNET
 from diffuserve.telemetry import Telemetry
+from diffuserve.workers import Workers
 
 __all__ = ["DiffusionService", "Reply"]
 
 _log: Final = logging.getLogger(__name__)
 
+_TRIALS: Final = 3
 _FINISH_WORKERS: Final = 2  # one picture's file is written while the next is decoded
 
 
 class DiffusionService:
     """Serves the checkpoints of one deployment through one denoising loop.
 
-    policy      what decides; without one, a StepPolicy with the manifests' row limits
+    policy      what decides; without one, a StepPolicy with the manifests' row limits and `target_step`
+    target_step seconds that a UNet call should not exceed, or None
     calibrate   measure the UNets' costs whenever the loop is idle, until they are known
     overlap     whether engines may run at the same time
     device      where latents live: the engines' own
@@ -66,12 +69,13 @@ class DiffusionService:
         calibrate: bool = False,
         overlap: bool = True,
         device: torch.device | None = None,
+        target_step: float | None = None,
     ) -> None:
         runner = runner if overlap else SerialRunner(runner)
         self._telemetry = telemetry or Telemetry()
         self._checkpoints = {name: Checkpoint(deployment, name, runner) for name in deployment.checkpoints}
         self._default = deployment.checkpoints[0]
-        self._policy = policy or StepPolicy(costs=StepCosts(), max_rows=self.max_rows)
+        self._policy = policy or StepPolicy(costs=StepCosts(), max_rows=self.max_rows, target_step=target_step)
         self.loop = DenoiseLoop(
             runner,
             self._policy,
@@ -80,14 +84,15 @@ class DiffusionService:
             device=device,
             trials=self._trials() if calibrate else (),
         )
-        self._prepare = ThreadPoolExecutor(1, "prepare")
-        self._finish = ThreadPoolExecutor(_FINISH_WORKERS, "finish")
+        self._prepare = Workers(1, "prepare")
+        self._finish = Workers(_FINISH_WORKERS, "finish")
+        self._unprepared: list[Job] = []
         self._jobs: set[Job] = set()
         self._lock = threading.Lock()
 
     def max_rows(self, group: Group) -> int:
         """The rows that the group's engine takes in one call."""
-        return self._checkpoints[group.checkpoint].manifest.rows.max
+        return self._checkpoints[group.checkpoint].manifest.max_rows(UNET, group.width, group.height)
 
     def submit(
         self, request: GenerateRequest, reply: Reply, *, request_id: str = "", trace: object | None = None
@@ -101,21 +106,23 @@ class DiffusionService:
         trajectory = checkpoint.trajectory(resolved)
         demand = self._demand(resolved, trajectory)
         demands = [demand() for _ in range(request.num_images)]
-        job = Job(resolved, demands, reply, request_id or uuid.uuid4().hex, trace)
+        job = Job(resolved, trajectory, demands, reply, request_id or uuid.uuid4().hex, trace)
         job.on_end = self._ended
         with self._lock:
             present = [demand for other in self._jobs for demand in other.present()]
             job.eta = self._policy.admit(job.demands, present, job.accepted_at, job.deadline)
             self._jobs.add(job)
+            self._unprepared.append(job)
             self._report_load()
         self._telemetry.accepted(job.request_id, checkpoint.name, job.eta.seconds)
-        self._run_on(self._prepare, job, lambda: self._start(checkpoint, job, trajectory))
+        if not self._prepare.submit(job.urgency, self._prepare_waiting):
+            job.fail(_shutting_down())
 
     def close(self) -> None:
         """Stop stepping. Requests under way end with an error."""
-        self._prepare.shutdown(wait=True)
+        self._prepare.close()
         self.loop.close()
-        self._finish.shutdown(wait=True)
+        self._finish.close()
 
     def _checkpoint(self, name: str | None) -> Checkpoint:
         checkpoint = self._checkpoints.get(name or self._default)
@@ -133,7 +140,8 @@ class DiffusionService:
             size = checkpoint.manifest.size.opt
             group = Group(checkpoint.name, size, size)
             most = self.max_rows(group)
-            for rows in (1, *(count for count in CALIBRATION_ROWS if count < most), most):
+            counts = [*(count for count in CALIBRATION_ROWS if count < most), most]
+            for rows in counts[:1] + _TRIALS * counts:  # what the very first call takes is of no use
                 yield Trial(group, rows, checkpoint.trial(group, rows))
 
     @staticmethod
@@ -160,57 +168,78 @@ class DiffusionService:
         waiting = sum(job.is_waiting() for job in self._jobs)
         self._telemetry.load(waiting, len(self._jobs) - waiting)
 
-    @staticmethod
-    def _run_on(workers: ThreadPoolExecutor, job: Job, act: Callable[[], None]) -> None:
-        def guarded() -> None:
-            try:
-                act()
-            except Exception as error:
-                if not isinstance(error, DiffuserveError):
-                    _log.exception("a request failed", extra={"request_id": job.request_id})
-                job.fail(error)
-
+    def _prepare_waiting(self) -> None:
+        """Text encoding and first latents of everyone who waits for them; then their images join the loop."""
+        batch = [job for job in self._take_unprepared() if self._guarded(job, job.begin)]
+        if not batch:
+            return
+        checkpoint = self._checkpoints[batch[0].resolved.checkpoint]
         try:
-            workers.submit(guarded)
-        except RuntimeError as error:  # the workers have been shut down
-            job.fail(CancelledError(f"the server is shutting down ({error})"))
+            conditioning, read = checkpoint.encode_prompts(
+                [one for job in batch for one in job.prompts], batch[0].trace
+            )
+        except Exception as error:
+            for job in batch:
+                self._guarded(job, partial(_raise, error))
+            return
+        first = 0
+        for job in batch:
+            rows = slice(first, first + len(job.prompts))
+            first = rows.stop
+            told = {name: tensor[rows].clone() for name, tensor in conditioning.items()}
+            job.tokens_cut = read[rows.start].tokens_cut
+            self._guarded(job, partial(self._join, checkpoint, job, told))
 
-    def _start(self, checkpoint: Checkpoint, job: Job, trajectory: Trajectory) -> None:
-        """Text encoding and first latents; then the request's images join the loop together."""
-        if job.is_cancelled():
-            raise CancelledError("the client cancelled")
-        job.check_deadline()
-        job.queued()
-        resolved, request = job.resolved, job.resolved.request
-        prompts = [request.prompt, request.negative_prompt] if resolved.guided else [request.prompt]
-        conditioning, read = checkpoint.encode_prompts(prompts, trace=job.trace)
-        job.tokens_cut = read[0].tokens_cut
-        tracks = [self._track(checkpoint, job, trajectory, conditioning, i) for i in range(request.num_images)]
+    def _take_unprepared(self) -> list[Job]:
+        """The most urgent request and others of its checkpoint, as many as the text encoder takes in one call."""
+        with self._lock:
+            if not self._unprepared:
+                return []
+            waiting = sorted(self._unprepared, key=lambda job: job.urgency)
+            first, rows, taken = waiting[0].resolved, 0, list[Job]()
+            manifest = self._checkpoints[first.checkpoint].manifest
+            most = max(2, manifest.max_rows(TEXT_ENCODER, first.width, first.height))
+            for job in waiting:
+                if job.resolved.checkpoint == first.checkpoint and rows + len(job.prompts) <= most:
+                    taken.append(job)
+                    rows += len(job.prompts)
+            self._unprepared = [job for job in self._unprepared if job not in taken]
+            return taken
+
+    def _join(self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor]) -> None:
+        tracks = [self._track(checkpoint, job, conditioning, i) for i in range(job.resolved.request.num_images)]
         job.ready_at = time.monotonic()
         job.tracks = tuple(tracks)
         self.loop.join(tracks)
 
-    def _track(
-        self,
-        checkpoint: Checkpoint,
-        job: Job,
-        trajectory: Trajectory,
-        conditioning: Mapping[str, torch.Tensor],
-        index: int,
-    ) -> Track:
+    @staticmethod
+    def _guarded(job: Job, act: Callable[[], None]) -> bool:
+        """Do something for a request; if it raises, the request ends with the error. Whether it went well."""
+        try:
+            act()
+        except Exception as error:
+            if not isinstance(error, DiffuserveError):
+                _log.exception("a request failed", extra={"request_id": job.request_id})
+            job.fail(error)
+            return False
+        return True
+
+    def _track(self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor], index: int) -> Track:
         resolved = job.resolved
         generator = torch.Generator().manual_seed(resolved.seed + index)
 
         def on_latents(latents: torch.Tensor) -> None:
             job.stepped_at = time.monotonic()
-            self._run_on(self._finish, job, lambda: self._picture(checkpoint, job, track, index, latents))
+            draw = partial(self._guarded, job, lambda: self._picture(checkpoint, job, track, index, latents))
+            if not self._finish.submit(job.urgency, draw):
+                job.fail(_shutting_down())
 
         track = Track(
             group=Group(checkpoint.name, resolved.height, resolved.width),
-            trajectory=trajectory,
+            trajectory=job.trajectory,
             guidance_scale=resolved.guidance_scale,
             guidance_rescale=resolved.request.guidance_rescale,
-            latents=checkpoint.first_latents(resolved, generator, trajectory.initial_scale),
+            latents=checkpoint.first_latents(resolved, generator, job.trajectory.initial_scale),
             conditioning=conditioning,
             generator=generator,
             priority=resolved.request.priority,
@@ -230,3 +259,11 @@ class DiffusionService:
         request = job.resolved.request
         image = image_from_pixels(checkpoint.decode(latents, trace=job.trace))
         job.image(track, index, encode_image(image, request.image_format, request.image_encoding))
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _shutting_down() -> CancelledError:
+    return CancelledError("the server is shutting down")

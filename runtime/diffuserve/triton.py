@@ -28,12 +28,20 @@ from diffuserve.service import DiffusionService
 from diffuserve.spec import device_kind
 from diffuserve.telemetry import Fanout, Telemetry
 
-__all__ = ["CALL_LOG_VARIABLE", "DEPLOYMENT_VARIABLE", "LOG_LEVEL_VARIABLE", "OVERLAP_VARIABLE", "DiffusionModel"]
+__all__ = [
+    "CALL_LOG_VARIABLE",
+    "DEPLOYMENT_VARIABLE",
+    "LOG_LEVEL_VARIABLE",
+    "OVERLAP_VARIABLE",
+    "TARGET_STEP_VARIABLE",
+    "DiffusionModel",
+]
 
 DEPLOYMENT_VARIABLE: Final = "DIFFUSERVE_DEPLOYMENT"
 CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each component call to, for benches
 LOG_LEVEL_VARIABLE: Final = "DIFFUSERVE_LOG_LEVEL"
 OVERLAP_VARIABLE: Final = "DIFFUSERVE_OVERLAP"  # 0 makes one component call at a time, for benches
+TARGET_STEP_VARIABLE: Final = "DIFFUSERVE_TARGET_STEP_MS"  # what a UNet call should not exceed
 
 _OPENING_SECONDS: Final = 2.0
 
@@ -169,6 +177,20 @@ class TritonReply:
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
 
+def _milliseconds(variable: str) -> float | None:
+    """The seconds that an environment variable names in milliseconds; None where it is not set."""
+    text = os.environ.get(variable, "")
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise pb_utils.TritonModelException(f"{variable} is {text!r}, and must be a number of milliseconds above 0")
+    return value / 1000
+
+
 class DiffusionModel:
     """What Triton calls."""
 
@@ -195,6 +217,7 @@ class DiffusionModel:
             telemetry=self._telemetry,
             calibrate=True,
             overlap=os.environ.get(OVERLAP_VARIABLE) != "0",
+            target_step=_milliseconds(TARGET_STEP_VARIABLE),
             device=device,
         )
         # The first request shows that the instance is made. A server that gets none still measures its engines.

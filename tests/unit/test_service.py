@@ -112,8 +112,10 @@ def test_rows_of_all_active_requests_share_each_call(service: DiffusionService, 
 
 
 def _until_encoded(service: DiffusionService, count: int) -> None:
-    """Wait until that many requests went through the one prepare worker: its queue is served in order."""
-    service._prepare.submit(lambda: None).result(20)
+    """Wait until that many requests went through the one prepare worker, for which nothing is less urgent."""
+    prepared = threading.Event()
+    service._prepare.submit((1000.0,), prepared.set)
+    assert prepared.wait(20)
     assert len(service.loop._joining) == count
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Hashable
 from statistics import median
 from typing import Final, NamedTuple
+
+import numpy as np
 
 __all__ = ["CALIBRATION_ROWS", "Group", "Medians", "StepCosts"]
 
 _WINDOW: Final = 9  # measurements of one kind that are remembered; their median is the estimate
 _UNMEASURED_S: Final = 0.1  # one row at 512x512, before anything was measured
 _UNMEASURED_PIXELS: Final = 512 * 512
-_NEWS: Final = 0.02  # a relative change from which decisions are made anew
+_NEWS: Final = 0.05  # a relative change from which decisions are made anew
 _FIXED_SHARE: Final = 0.3  # of a call's time, where one row count only was measured
-CALIBRATION_ROWS: Final = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+CALIBRATION_ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Group(NamedTuple):
@@ -95,21 +98,39 @@ class StepCosts:
         return measured[at - 1 : at + 1]
 
     def _from_another_size(self, group: Group, rows: int) -> float:
-        others = [other for other in self._rows if other.checkpoint == group.checkpoint]
-        if not others:
+        nearest = self._nearest(group)
+        if nearest is None:
             return _UNMEASURED_S * rows * group.pixels / _UNMEASURED_PIXELS
-        nearest = min(others, key=lambda other: abs(other.pixels - group.pixels))
         return self.seconds(nearest, rows) * group.pixels / nearest.pixels
 
+    def _nearest(self, group: Group) -> Group | None:
+        """The measured size of the same checkpoint that is most like it."""
+        others = [other for other in self._rows if other.checkpoint == group.checkpoint]
+        return min(others, key=lambda other: abs(other.pixels - group.pixels), default=None)
+
     def efficient_rows(self, group: Group, most: int, efficiency: float) -> int:
-        """The fewest rows, up to `most`, at which a call makes `efficiency` of the best rows a second."""
+        """The fewest rows, up to `most`, at which a call makes `efficiency` of the rows a second that huge ones would.
+
+        From the straight line through all that was measured, fixed + row * rows, since single measurements are noisy:
+        rows / seconds reaches that share of 1 / row where rows = efficiency / (1 - efficiency) * fixed / row.
+        """
         key = (group, most, efficiency)
         if key not in self._efficient:
-            counts = [count for count in CALIBRATION_ROWS if count < most] + [most]
-            rates = [count / self.seconds(group, count) for count in counts]
-            enough = efficiency * max(rates)
-            self._efficient[key] = next(count for count, rate in zip(counts, rates, strict=True) if rate >= enough)
+            fixed, row = self._line(group)
+            enough = efficiency / (1 - efficiency) * fixed / row if row > 0 else most
+            self._efficient[key] = max(1, min(most, math.ceil(enough)))
         return self._efficient[key]
+
+    def _line(self, group: Group) -> tuple[float, float]:
+        """Seconds of a call, and of each row in it: least squares of the relative errors."""
+        known = group if group in self._rows else self._nearest(group)
+        measured = self._rows[known] if known else ()
+        if len(measured) < 2:
+            return 0.0, 0.0
+        rows = np.array(measured, dtype=np.float64)
+        seconds = np.array([self._medians.get((known, count)) for count in measured])
+        (fixed, row), *_ = np.linalg.lstsq(np.stack([1 / seconds, rows / seconds], 1), np.ones(len(rows)), rcond=None)
+        return max(0.0, float(fixed)), float(row)
 
     def observe_request(self, kind: Hashable, around: float, forecast: float, actual: float) -> None:
         """Remember a request that is done: the seconds that it spent outside of stepping, and all of its seconds

@@ -7,7 +7,7 @@ monotonic clock, which callers read and pass in as `now`.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,19 +18,22 @@ from diffuserve.errors import DeadlineError, QueueFullError
 __all__ = ["Candidate", "Eta", "Step", "StepPolicy"]
 
 MAX_IMAGES: Final = 256
+_SHORT: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One image that could be stepped.
 
-    `rows` is 2 with guidance and 1 without. `remaining` counts the UNet evaluations still to come. `waiting_since`
-    is when the image joined or was last stepped; `joined` orders arrivals. `deadline` is a time, or None.
+    `rows` is 2 with guidance and 1 without. `length` counts its UNet evaluations in all, `remaining` those still
+    to come. `waiting_since` is when it joined or was last stepped; `joined` orders arrivals. `deadline` is a time, or
+    None.
     """
 
     key: int
     group: Group
     rows: int
+    length: int
     remaining: int
     joined: int
     waiting_since: float
@@ -70,6 +73,8 @@ class StepPolicy:
     target_step   seconds that a call should not exceed, where a smaller one is possible; None is no target
     efficiency    of the best rows a second that is enough: more rows a call would only make each step slower. None
                   fills every call to max_rows
+    stretch       how many times longer a call may take than one of the short requests in it alone, where they are few
+                  beside long ones
     ageing        seconds without a step after which an image counts as one priority higher
     """
 
@@ -78,7 +83,8 @@ class StepPolicy:
     max_images: int = MAX_IMAGES
     row_buckets: tuple[int, ...] = ()
     target_step: float | None = None
-    efficiency: float | None = 0.9
+    efficiency: float | None = 0.85
+    stretch: float = 3.0
     ageing: float = 5.0
     # Work that each client tag has had, as fair queueing's virtual time (Goyal et al. 1996, start-time fair queueing):
     # kept for tags with images in the server only, so its size is bounded.
@@ -155,13 +161,33 @@ class StepPolicy:
             key=lambda one: (self._served[one.tag], self._called.get(one.group, 0), one.joined),
         )
         group = first.group
-        chosen = self._fill([one for one in candidates if one.group == group], levels, self.row_cap(group))
+        members = [one for one in candidates if one.group == group]
+        cap = self._cap_for_short(members, self.row_cap(group))
+        chosen = self._fill(members, levels, cap)
         chosen, rows = self._fit_to_buckets(group, chosen)
         self._calls += 1
         self._called[group] = self._calls
         for one in chosen:
             self._served[one.tag] += one.rows * group.pixels
         return Step(tuple(sorted(chosen, key=lambda one: one.joined)), rows)
+
+    def _cap_for_short(self, candidates: Sequence[Candidate], cap: int) -> int:
+        """Fewer rows while short requests are stepped among long ones, which would make their steps long.
+
+        Short is at most a quarter of the median length. Where the short ones fill a call themselves, nothing changes.
+        """
+        important = max(one.priority for one in candidates)
+        lengths = sorted(one.length for one in candidates)
+        typical = lengths[len(lengths) // 2]
+        short = [one for one in candidates if one.priority == important and _SHORT * one.length <= typical]
+        rows = min(cap, sum(one.rows for one in short))
+        if not rows:
+            return cap
+        group = short[0].group
+        limit = self.stretch * self.costs.seconds(group, rows)
+        while cap > max(2, rows) and self.costs.seconds(group, self._padded(cap)) > limit:
+            cap -= 1
+        return cap
 
     def _forget_the_gone(self, candidates: Sequence[Candidate]) -> None:
         tags = {one.tag for one in candidates}
@@ -171,26 +197,45 @@ class StepPolicy:
         self._served = {tag: self._served.get(tag, floor) for tag in tags}
         self._called = {group: call for group, call in self._called.items() if group in groups}
 
-    def _fill(self, candidates: Iterable[Candidate], levels: dict[int, int], cap: int) -> list[Candidate]:
-        """Candidates in the order of their claim, as many as fit; tags take turns by the work they had."""
+    def _fill(self, candidates: Sequence[Candidate], levels: Mapping[int, int], cap: int) -> list[Candidate]:
+        """Candidates in the order of their claim, as many as fit.
+
+        Those that only age has put in front get half of the rows: a crowd that waited long must not hold up the
+        newcomers for whole calls, which their short waits would not explain.
+        """
+        fresh = [one for one in candidates if levels[one.key] == one.priority]
+        bar = max((one.priority for one in fresh), default=None)
+        aged = [] if bar is None else [one for one in candidates if levels[one.key] > max(one.priority, bar - 1)]
+        served = dict(self._served)
+        first = self._take_turns(aged, levels, max(2, cap // 2), served)
+        taken = {one.key for one in first}
+        priorities = levels if bar is None else {one.key: one.priority for one in candidates}
+        rest = [one for one in candidates if one.key not in taken]
+        return first + self._take_turns(rest, priorities, cap - sum(one.rows for one in first), served)
+
+    @staticmethod
+    def _take_turns(
+        candidates: Iterable[Candidate], levels: Mapping[int, int], cap: int, served: dict[str, float]
+    ) -> list[Candidate]:
+        """The highest level first; in it, tags take turns by the work they had, each with its shortest image."""
         queues: dict[tuple[int, str], list[Candidate]] = {}
         for one in candidates:
             queues.setdefault((-levels[one.key], one.tag), []).append(one)
         for queue in queues.values():
             queue.sort(key=lambda one: (one.remaining, one.joined), reverse=True)  # the next one is the last
-        turns = [(level, self._served[tag], tag) for level, tag in queues]
+        turns = [(level, served[tag], tag) for level, tag in queues]
         heapq.heapify(turns)
         chosen, rows = list[Candidate](), 0
         while turns and rows < cap:
-            level, served, tag = heapq.heappop(turns)
+            level, _, tag = heapq.heappop(turns)
             queue = queues[level, tag]
             one = queue.pop()
             if rows + one.rows <= cap:
                 chosen.append(one)
                 rows += one.rows
-                served += one.rows * one.group.pixels
+                served[tag] += one.rows * one.group.pixels
             if queue:
-                heapq.heappush(turns, (level, served, tag))
+                heapq.heappush(turns, (level, served[tag], tag))
         return chosen
 
     def _fit_to_buckets(self, group: Group, chosen: list[Candidate]) -> tuple[list[Candidate], int]:

@@ -84,6 +84,7 @@ class Track:
             key=self.joined,
             group=self.group,
             rows=self.rows,
+            length=self.trajectory.evaluations,
             remaining=self.remaining,
             joined=self.joined,
             waiting_since=self.waiting_since,
