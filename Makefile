@@ -30,6 +30,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON3)" || { echo "no python3 found: install Python 3.10, 3.11 or 3.12"; exit 2; }
 	$(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# Of TensorRT only the types: the stubs ask for the package, and hold some lines that are no Python.
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/stubs tensorrt-stubs==10.13.0.35.1
+	sed -i -E 's/\bin: /in_: /; s/channel_axis: int\) ->/channel_axis: int = ...) ->/' $(VENV)/stubs/tensorrt_bindings/tensorrt.pyi
 	@touch $@
 
 demo: $(INSTALLED) ## Export the reference checkpoint, start Triton, make build/demo.png (PROMPT="...")
@@ -54,9 +57,12 @@ format: $(INSTALLED) ## Apply ruff's formatting and safe fixes
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-export: $(INSTALLED) ## CHECKPOINT=folder or hub id [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS OUT]
+export: $(INSTALLED) ## CHECKPOINT=folder or hub id [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS OUT COMPUTE_CAPABILITY]
 	$(PYTHON) -m diffuserve_export --checkpoint "$(CHECKPOINT)" --target "$(TARGET)" --precision "$(PRECISION)" --out "$(OUT)" \
-		$(if $(NAME),--name "$(NAME)") $(if $(SIZES),--sizes "$(SIZES)") $(if $(MAX_ROWS),--max-rows "$(MAX_ROWS)")
+		$(if $(NAME),--name "$(NAME)") $(if $(SIZES),--sizes "$(SIZES)") $(if $(MAX_ROWS),--max-rows "$(MAX_ROWS)") \
+		$(if $(COMPUTE_CAPABILITY),--compute-capability "$(COMPUTE_CAPABILITY)") \
+		$(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(if $(MEMORY_BUDGET),--memory-budget "$(MEMORY_BUDGET)") \
+		$(if $(CUDA_GRAPHS),--cuda-graphs) $(if $(PROVIDER),--provider "$(PROVIDER)")
 
 serve: $(INSTALLED) ## Serve DEPLOYMENT on loopback until Ctrl-C [HTTP_PORT GRPC_PORT METRICS_PORT]
 	@exec $(PYTHON) -m diffuserve.server --deployment "$(DEPLOYMENT)" \

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffuserve.manifest import Component, Manifest
+from diffuserve.spec import device_kind
 from diffuserve_export.component_model import component_model_from_onnx
+from diffuserve_export.engines.model import GpuModel, check_memory, gpu_model_from_onnx
+from diffuserve_export.engines.profiles import ShapeRanges
 from diffuserve_export.modules import module_of
 from diffuserve_export.onnx_graph import GRAPH_FILE, onnx_from_component
 from diffuserve_export.ports import Ports, ports_of
@@ -30,6 +33,8 @@ def assemble(plan: Plan, key: str, staging: Path, report: Report) -> Manifest:
     folder.mkdir(parents=True)
     tokenizer_from_checkpoint(plan.checkpoint, folder / "tokenizer.json")
     components = {name: _component(plan, name, ports[name], staging / "models", report) for name in names}
+    engines = {name: component.engine for name, component in components.items() if component.engine}
+    check_memory(engines, plan.engine.memory_budget_gb)
     manifest = _manifest(plan, key, components)
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -47,10 +52,24 @@ def _component(plan: Plan, component: str, ports: Ports, models: Path, report: R
     report.stage(component, "verifying")
     feeds = [example_inputs(checkpoint, ports[0], sides) for sides in check_shapes(checkpoint, plan.size)]
     report.verified(verify_onnx(graph, module, component, ports, feeds, TOLERANCE[plan.precision]))
+    del module  # a builder may need all the memory that there is
+    return _triton_model(plan, component, ports, folder, report)
+
+
+def _triton_model(plan: Plan, component: str, ports: Ports, folder: Path, report: Report) -> Component:
+    """Make the Triton model of the folder's graph, for the plan's target."""
     weights = sorted((folder / "1").iterdir())
-    component_model_from_onnx(folder, ports)
-    size = sum(file.stat().st_size for file in weights)
-    return Component(folder.name, ports[0], ports[1], sha256=_sha256(weights), bytes=size)
+    sha256, size = _sha256(weights), sum(file.stat().st_size for file in weights)
+    if device_kind([plan.target]) == "cpu":
+        component_model_from_onnx(folder, ports)
+        return Component(folder.name, ports[0], ports[1], sha256=sha256, bytes=size)
+    report.stage(component, "building")
+    ranges = ShapeRanges(plan.size, plan.rows, plan.checkpoint.latent_scale, plan.checkpoint.token_limit, {})
+    model = GpuModel(plan.target, plan.precision, component, ports, ranges, plan.engine)
+    engine = gpu_model_from_onnx(folder, model, report.note)
+    if engine is not None:
+        sha256, size = engine.sha256, engine.bytes
+    return Component(folder.name, ports[0], ports[1], sha256=sha256, bytes=size, engine=engine)
 
 
 def _sha256(files: list[Path]) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from diffuserve_export.engines.options import PROVIDERS, EngineOptions
 from diffuserve_export.errors import ExportError
 from diffuserve_export.export import export_checkpoint
 from diffuserve_export.options import DEFAULT_MAX_ROWS, TARGETS, ExportOptions
@@ -56,6 +57,17 @@ def main(
     precision: Annotated[str, typer.Option(help="of the weights and of what is computed")] = "fp32",
     sizes: Annotated[str, typer.Option(help="min:opt:max in pixels [default: from the checkpoint]")] = "",
     max_rows: Annotated[int, typer.Option(help="the most rows of one UNet call")] = DEFAULT_MAX_ROWS,
+    compute_capability: Annotated[
+        str, typer.Option(help="tensorrt-rtx: the cards, like 80,86,89,120 [default: this machine's]")
+    ] = "",
+    workspace: Annotated[float, typer.Option(help="GB that one layer of an engine may use; 0: no limit")] = 0.0,
+    memory_budget: Annotated[float, typer.Option(help="GB of device memory that all engines may need")] = (
+        EngineOptions().memory_budget_gb
+    ),
+    cuda_graphs: Annotated[bool, typer.Option("--cuda-graphs", help="tensorrt: static profiles, one a row bucket")] = (
+        False
+    ),
+    provider: Annotated[str, typer.Option(help=f"onnxruntime: {' or '.join(PROVIDERS)}")] = PROVIDERS[0],
 ) -> None:
     """Export a Stable Diffusion checkpoint into a deployment folder that Triton serves."""
     console, start = Console(stderr=False), monotonic()
@@ -68,6 +80,13 @@ def main(
             precision=precision,
             sizes=sizes,
             max_rows=max_rows,
+            engine=EngineOptions(
+                compute_capability=compute_capability,
+                workspace_gb=workspace,
+                memory_budget_gb=memory_budget,
+                cuda_graphs=cuda_graphs,
+                provider=provider,
+            ),
         )
         report = _run(options, console)
     except ExportError as error:

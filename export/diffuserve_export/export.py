@@ -10,6 +10,8 @@ from typing import Any
 from diffuserve.manifest import Manifest, Range
 from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
 from diffuserve_export.digests import export_key
+from diffuserve_export.engines.device import builder_facts
+from diffuserve_export.engines.options import EngineOptions
 from diffuserve_export.errors import ExportError
 from diffuserve_export.hub import find_checkpoint
 from diffuserve_export.options import TARGETS, ExportOptions
@@ -34,16 +36,22 @@ class Plan:
     opset: int
     size: Range
     rows: Range
+    engine: EngineOptions
+    #: What engines are built with and for; nothing where the target has none.
+    builder: dict[str, Any]
 
     def facts(self) -> dict[str, Any]:
         """What enters the key besides the checkpoint's files."""
         options = {field: getattr(self, field) for field in ("name", "target", "precision", "opset")}
-        return {**options, "family": self.checkpoint.family.name, "size": str(self.size), "rows": str(self.rows)}
+        engine = {"engine": self.engine.facts(), "builder": self.builder}
+        ranges = {"size": str(self.size), "rows": str(self.rows)}
+        return {**options, **ranges, **engine, "family": self.checkpoint.family.name}
 
     @property
     def bytes_needed(self) -> int:
         parts = [self.checkpoint.parts[PART_OF[component]] for component in self.checkpoint.family.components]
-        return sum(part.parameters for part in parts) * 4 + _SPARE_BYTES
+        copies = 1 + len(self.builder.get("devices", ()))
+        return sum(part.parameters for part in parts) * 4 * copies + _SPARE_BYTES
 
 
 def export_checkpoint(options: ExportOptions, report: Report | None = None) -> Manifest:
@@ -81,6 +89,8 @@ def _plan(options: ExportOptions) -> Plan:
         opset=TARGETS[options.target].opset,
         size=size_range(checkpoint, options),
         rows=row_range(options),
+        engine=options.engine,
+        builder=builder_facts(options.target, options.engine),
     )
 
 

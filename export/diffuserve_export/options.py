@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from diffuserve_export.engines.options import EngineOptions
 from diffuserve_export.errors import OptionError
 
 __all__ = ["DEFAULT_OPT_ROWS", "TARGETS", "ExportOptions", "Target"]
@@ -33,9 +34,10 @@ TARGETS: Final = {
     target.name: target
     for target in (
         Target("onnxruntime-cpu", precisions=("fp32",), opset=23),
-        Target("onnxruntime"),
-        Target("tensorrt"),
-        Target("tensorrt-rtx"),
+        # TensorRT-RTX refuses that node where it has no fused kernel for it: in float32, and with heads of 8.
+        Target("onnxruntime", precisions=("fp32",), opset=18),
+        Target("tensorrt", precisions=("fp32",), opset=18),
+        Target("tensorrt-rtx", precisions=("fp32",), opset=18),
     )
 }
 
@@ -46,7 +48,7 @@ class ExportOptions:
 
     `name` is the checkpoint's name in the deployment; by default it comes from `checkpoint`. `sizes` is
     "min:opt:max" in pixels, by default what the family allows for the checkpoint's own size. `max_rows` bounds
-    the rows of one UNet call. Raises OptionError.
+    the rows of one UNet call. `engine` is for the GPU targets. Raises OptionError.
     """
 
     checkpoint: str
@@ -56,6 +58,7 @@ class ExportOptions:
     name: str = ""
     sizes: str = ""
     max_rows: int = DEFAULT_MAX_ROWS
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
         if not self.checkpoint.strip():
@@ -80,6 +83,7 @@ class ExportOptions:
         if self.precision not in target.precisions:
             built = [f"{one.name} in {precision}" for one in TARGETS.values() for precision in one.precisions]
             raise OptionError(f"not built yet: {self.target} in {self.precision}; use {' or '.join(built)}")
+        self.engine.check_target(self.target)
 
     @property
     def deployed_name(self) -> str:

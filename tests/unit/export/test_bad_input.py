@@ -84,7 +84,15 @@ def test_a_bad_checkpoint(checkpoint: Path, tmp_path: Path, damage: Callable[[Pa
     ("arguments", "message"),
     [
         (["--target", "abacus"], "target is 'abacus', and must be one of onnxruntime-cpu"),
-        (["--target", "tensorrt"], "not built yet: tensorrt in fp32; use onnxruntime-cpu in fp32"),
+        (
+            ["--target", "tensorrt", "--precision", "int4"],
+            "not built yet: tensorrt in int4; use onnxruntime-cpu in fp32",
+        ),
+        (
+            ["--compute-capability", "89"],
+            "compute-capability is given, and the target onnxruntime-cpu has no use for it",
+        ),
+        (["--target", "tensorrt-rtx", "--compute-capability", "70"], "TensorRT-RTX builds for 75,80,86,89,120,121"),
         (["--precision", "fp16"], "not built yet: onnxruntime-cpu in fp16"),
         (["--precision", "fp3"], "precision is 'fp3', and must be one of fp32"),
         (["--sizes", "64"], "must be min:opt:max in pixels"),
