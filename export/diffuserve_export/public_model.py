@@ -1,7 +1,9 @@
-"""Write the public model's config.pbtxt from the tensors that diffuserve.wire names.
+"""Write the public model's configurations from the tensors that diffuserve.wire names.
 
-python -m diffuserve_export.public_model            writes model_repository/diffusion/config.pbtxt
-python -m diffuserve_export.public_model --check    exits with 1 where the file differs
+python -m diffuserve_export.public_model            writes model_repository/diffusion/config.pbtxt and configs/gpu.pbtxt
+python -m diffuserve_export.public_model --check    exits with 1 where a file differs
+
+A server of a GPU deployment is started with --model-config-name=gpu, and takes the second.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Annotated, Final
 
 import typer
 
+from diffuserve.server.options import GPU_CONFIG
 from diffuserve.wire import INPUTS, MODEL_NAME, OUTPUTS
 from diffuserve_export.component_model import config_text, new_config, tensor_config
 
@@ -21,7 +24,7 @@ _HEADER: Final = (
 )
 
 
-def public_config() -> str:
+def public_config(*, gpu: bool = False) -> str:
     """The text of config.pbtxt: a decoupled Python model that does its own batching."""
     config = new_config(MODEL_NAME)
     config.model_transaction_policy.decoupled = True
@@ -29,8 +32,8 @@ def public_config() -> str:
         tensor_config(config, "input", spec.name, spec.datatype, spec.shape, optional=not spec.required)
     for spec in OUTPUTS:
         tensor_config(config, "output", spec.name, spec.datatype, spec.shape)
-    # Requests are read as numpy arrays, also where a client put a tensor into the memory of a GPU.
-    config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "yes"
+    # On a CPU nothing may come from elsewhere; on a GPU no tensor is moved off it behind the loop's back.
+    config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no" if gpu else "yes"
     return _HEADER + config_text(config)
 
 
@@ -38,15 +41,19 @@ def main(
     repository: Annotated[Path, typer.Option(help="the model repository")] = Path("model_repository"),
     check: Annotated[bool, typer.Option("--check", help="write nothing, exit with 1 where the file differs")] = False,
 ) -> None:
-    """Write the public model's config.pbtxt."""
-    path = repository / MODEL_NAME / "config.pbtxt"
-    text = public_config()
-    if not check:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-        typer.echo(f"{path} is out of date; run python -m diffuserve_export.public_model", err=True)
-        raise typer.Exit(1)
+    """Write the public model's configurations."""
+    folder = repository / MODEL_NAME
+    texts = {
+        folder / "config.pbtxt": public_config(),
+        folder / "configs" / f"{GPU_CONFIG}.pbtxt": public_config(gpu=True),
+    }
+    for path, text in texts.items():
+        if not check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            typer.echo(f"{path} is out of date; run python -m diffuserve_export.public_model", err=True)
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from diffuserve.server import ServerOptions, ServerSetupError
-from diffuserve.server.checks import address_of, check_model_repository, claim_ports, component_models
+from diffuserve.server.checks import address_of, check_model_repository, claim_ports, component_models, config_name
+from diffuserve.server.options import GPU_CONFIG
+from unit.fakes import write_deployment
 
 FREE = ServerOptions(Path("deployment"), http_port=0, grpc_port=0, metrics_port=0)
 
@@ -128,3 +130,25 @@ def test_folders_have_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert FREE.repository_folder() == tmp_path / "model_repository"
     given = ServerOptions(Path("deployment"), cache=Path("cache"), model_repository=Path("models"))
     assert (given.cache_folder(), given.repository_folder()) == (tmp_path / "cache", tmp_path / "models")
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("onnxruntime-cpu",), ""),
+        (("tensorrt",), GPU_CONFIG),
+        (("tensorrt-rtx", "onnxruntime"), GPU_CONFIG),
+        (("tensorrt", "onnxruntime-cpu"), ""),  # refused by the public model
+    ],
+)
+def test_the_configuration_follows_from_the_device(tmp_path: Path, targets: tuple[str, ...], expected: str) -> None:
+    names = [f"x{index}" for index in range(len(targets))]
+    deployment = write_deployment(tmp_path, *names)
+    for name, target in zip(names, targets, strict=True):
+        manifest = dataclasses.replace(deployment.manifest(name), target=target)
+        (deployment.folder(name) / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    assert config_name(tmp_path) == expected
+
+
+def test_a_deployment_that_cannot_be_read_is_the_models_to_report(tmp_path: Path) -> None:
+    assert config_name(tmp_path) == ""

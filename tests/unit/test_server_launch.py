@@ -59,6 +59,12 @@ def test_only_the_embedded_server_is_told_that_it_has_no_gpu() -> None:
     assert not [part for part in installed if part.startswith(("--allow-gpu", "--pinned", "--backend-directory"))]
 
 
+def test_a_gpu_deployment_names_its_configuration() -> None:
+    arguments = (EMBEDDED, OPTIONS, "127.0.0.1", PORTS, ("diffusion",), "id-1")
+    assert "--model-config-name=gpu" in command_line(*arguments, "gpu")
+    assert not [part for part in command_line(*arguments) if part.startswith("--model-config-name")]
+
+
 def test_further_arguments_come_last() -> None:
     options = ServerOptions(Path("/deployment"), triton_arguments=("--log-verbose=1",))
     assert compose(options=options)[-1] == "--log-verbose=1"

@@ -8,10 +8,12 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
+from diffuserve.manifest import Deployment
 from diffuserve.server.errors import ServerSetupError
-from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
+from diffuserve.server.options import GPU_CONFIG, PUBLIC_MODEL, ServerOptions
+from diffuserve.spec import device_kind
 
-__all__ = ["Ports", "address_of", "check_model_repository", "claim_ports", "component_models"]
+__all__ = ["Ports", "address_of", "check_model_repository", "claim_ports", "component_models", "config_name"]
 
 
 class Ports(NamedTuple):
@@ -86,6 +88,16 @@ def component_models(deployment: Path) -> tuple[str, ...]:
             f"{deployment / 'models' / PUBLIC_MODEL} has the public model's name: export it under another NAME"
         )
     return names
+
+
+def config_name(deployment: Path) -> str:
+    """The configuration that models are loaded with: the one for a GPU, or none of its own on a CPU."""
+    try:
+        opened = Deployment.load(deployment)
+        kind = device_kind(opened.manifest(name).target for name in opened.checkpoints)
+    except (OSError, ValueError):  # the public model reads it all, and says what is wrong with it
+        return ""
+    return "" if kind == "cpu" else GPU_CONFIG
 
 
 def check_model_repository(repository: Path, components: tuple[str, ...]) -> None:

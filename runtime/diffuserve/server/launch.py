@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffuserve.server.checks import Ports, address_of, check_model_repository, claim_ports, component_models
+from diffuserve.server.checks import (
+    Ports,
+    address_of,
+    check_model_repository,
+    claim_ports,
+    component_models,
+    config_name,
+)
 from diffuserve.server.embedded import Triton, find_triton
 from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
 
@@ -38,13 +45,14 @@ def prepare(options: ServerOptions, environment: Mapping[str, str] | None = None
     deployment = options.deployment.absolute()
     components = component_models(options.deployment)
     check_model_repository(options.repository_folder(), components)
+    config = config_name(options.deployment)
     address = address_of(options.host)
     ports = claim_ports(address, options)
     triton = find_triton(options.cache_folder(), inherited)
     server_id = f"diffuserve-{os.getpid()}-{secrets.token_hex(4)}"
     models = (*components, PUBLIC_MODEL)
     return Launch(
-        arguments=command_line(triton, options, address, ports, models, server_id),
+        arguments=command_line(triton, options, address, ports, models, server_id, config),
         environment=server_environment(triton, options, deployment, inherited),
         server_id=server_id,
         shm_prefix=f"{server_id}-",
@@ -56,9 +64,15 @@ def prepare(options: ServerOptions, environment: Mapping[str, str] | None = None
 
 
 def command_line(
-    triton: Triton, options: ServerOptions, address: str, ports: Ports, models: tuple[str, ...], server_id: str
+    triton: Triton,
+    options: ServerOptions,
+    address: str,
+    ports: Ports,
+    models: tuple[str, ...],
+    server_id: str,
+    config: str = "",
 ) -> tuple[str, ...]:
-    """The arguments of tritonserver."""
+    """The arguments of tritonserver. `config` is the name of the models' configurations, where they have such."""
     arguments = [
         str(triton.binary),
         f"--id={server_id}",
@@ -76,6 +90,8 @@ def command_line(
     ]
     for name, port in ports._asdict().items():
         arguments += [f"--{name}-address={address}", f"--{name}-port={port}"]
+    if config:
+        arguments.append(f"--model-config-name={config}")
     if triton.backends:
         arguments.append(f"--backend-directory={triton.backends}")
     if triton.embedded:  # it has no backend that could use a GPU

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["PUBLIC_MODEL", "Echo", "ServerOptions"]
+__all__ = ["GPU_CONFIG", "PUBLIC_MODEL", "Echo", "ServerOptions"]
 
 PUBLIC_MODEL = "diffusion"
+GPU_CONFIG = "gpu"
+"""The name of the public model's configuration on a GPU: configs/gpu.pbtxt beside its config.pbtxt."""
 
 Echo = Literal["nothing", "warnings", "everything"]
 

@@ -29,6 +29,13 @@ def test_it_says_what_the_wire_says() -> None:
     assert config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "yes"
 
 
+def test_on_a_gpu_only_tensors_may_stay_there() -> None:
+    config, gpu = (text_format.Parse(public_config(gpu=gpu), model_config_pb2.ModelConfig()) for gpu in (False, True))
+    assert gpu.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value == "no"
+    gpu.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "yes"
+    assert gpu == config
+
+
 def test_a_changed_or_missing_file_is_found(tmp_path: Path) -> None:
     with pytest.raises(typer.Exit):
         main(tmp_path, check=True)
