@@ -152,7 +152,7 @@ def test_short_requests_go_first_and_long_ones_fill_the_call() -> None:
 
 
 def test_a_few_short_requests_among_long_ones_are_not_slowed_down_by_them() -> None:
-    policy = make_policy(32, efficiency=None)
+    policy = make_policy(32, efficiency=None, brisk=None)
     long = [one(key, remaining=50) for key in range(1, 17)]
     step = policy.choose([*long, one(99, rows=1, remaining=4)], 0.0)
     assert step is not None
@@ -170,7 +170,7 @@ def test_a_few_short_requests_among_long_ones_are_not_slowed_down_by_them() -> N
 
 
 def test_a_crowd_that_waited_long_leaves_room_for_newcomers() -> None:
-    policy = make_policy(8, efficiency=None, ageing=1.0)
+    policy = make_policy(8, efficiency=None, brisk=None, ageing=1.0)
     waited = [one(key, remaining=50, waiting_since=0.0) for key in range(1, 21)]
     newcomers = [one(key, length=50, remaining=40, waiting_since=9.5) for key in range(30, 40)]
     step = policy.choose([*waited, *newcomers], 10.0)
@@ -235,11 +235,28 @@ def test_rows_beyond_what_is_efficient_wait() -> None:
     assert make_policy(64, costs=flat).row_cap(GROUPS[0]) == 64
     assert make_policy(64, costs=steep).row_cap(GROUPS[0]) == 2
     # 0.85 / 0.15 * 0.01 / 0.004 rows, whichever measurements came out low.
-    assert make_policy(64, costs=noisy).row_cap(GROUPS[0]) == pytest.approx(14, abs=4)
+    assert make_policy(64, costs=noisy, efficiency=0.85).row_cap(GROUPS[0]) == pytest.approx(14, abs=4)
+
+
+def test_calls_are_brisk_while_short_requests_keep_coming() -> None:
+    policy = make_policy(32)
+    long = [one(key, remaining=50) for key in range(1, 17)]
+
+    def rows(*others: Candidate) -> int:
+        step = policy.choose([*long, *others], 0.0)
+        assert step is not None
+        return step.rows
+
+    assert rows() > 20
+    rows(one(99, rows=1, remaining=4))
+    assert 8 <= rows() <= 14
+    for _ in range(30):
+        rows()
+    assert rows() > 20
 
 
 def test_a_target_step_time_caps_the_rows() -> None:
-    policy = make_policy(32, efficiency=None)
+    policy = make_policy(32, efficiency=None, brisk=None)
     assert policy.row_cap(GROUPS[0]) == 32
     policy.target_step = 0.05
     assert policy.costs.seconds(GROUPS[0], policy.row_cap(GROUPS[0])) <= 0.05
@@ -297,7 +314,7 @@ def test_estimates_learn_what_stepping_does_not_explain() -> None:
 def test_forecasts_are_near_what_happens(crowd: list[Candidate], max_rows: int) -> None:
     """Where nobody else comes, the forecast of each image's end is near its end on the fake clock."""
     crowd = [replace(candidate, tag="", priority=0) for candidate in crowd]
-    policy = make_policy(max_rows, efficiency=None, ageing=1e9)
+    policy = make_policy(max_rows, efficiency=None, brisk=None, ageing=1e9)
     demands = {candidate.key: Demand(candidate.group, candidate.rows, candidate.remaining) for candidate in crowd}
     world, ends = World(policy), dict[int, float]()
     world.add(*crowd)
@@ -313,7 +330,7 @@ def test_forecasts_are_near_what_happens(crowd: list[Candidate], max_rows: int) 
 
 
 def test_the_forecast_is_exact_while_everyone_fits_one_call() -> None:
-    policy = make_policy(16, efficiency=None)
+    policy = make_policy(16, efficiency=None, brisk=None)
     present = [Demand(GROUPS[0], 2, 5), Demand(GROUPS[0], 1, 8), Demand(GROUPS[0], 2, 20)]
     seconds = policy.costs.seconds
     first = 5 * seconds(GROUPS[0], 5)

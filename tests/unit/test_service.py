@@ -39,7 +39,7 @@ def models() -> FakeModels:
 @pytest.fixture
 def service(tmp_path: Path, models: FakeModels) -> Iterator[DiffusionService]:
     # Fakes cost nothing, so no count of rows is better than another.
-    policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 64, efficiency=None)
+    policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 64, efficiency=None, brisk=None)
     service = DiffusionService(write_deployment(tmp_path, "fake"), models.runner(), policy=policy)
     yield service
     service.close()

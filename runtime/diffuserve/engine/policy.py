@@ -19,6 +19,7 @@ __all__ = ["Candidate", "Eta", "Step", "StepPolicy"]
 
 MAX_IMAGES: Final = 256
 _SHORT: Final = 4
+_BRISK_CALLS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,7 @@ class StepPolicy:
     target_step   seconds that a call should not exceed, where a smaller one is possible; None is no target
     efficiency    of the best rows a second that is enough: more rows a call would only make each step slower. None
                   fills every call to max_rows
+    brisk         the same while short requests keep coming, as the next one waits for the call that is under way
     stretch       how many times longer a call may take than one of the short requests in it alone, where they are few
                   beside long ones
     ageing        seconds without a step after which an image counts as one priority higher
@@ -83,7 +85,8 @@ class StepPolicy:
     max_images: int = MAX_IMAGES
     row_buckets: tuple[int, ...] = ()
     target_step: float | None = None
-    efficiency: float | None = 0.85
+    efficiency: float | None = 0.95
+    brisk: float | None = 0.85
     stretch: float = 3.0
     ageing: float = 5.0
     # Work that each client tag has had, as fair queueing's virtual time (Goyal et al. 1996, start-time fair queueing):
@@ -91,6 +94,7 @@ class StepPolicy:
     _served: dict[str, float] = field(default_factory=dict, init=False)
     _called: dict[Group, int] = field(default_factory=dict, init=False)
     _calls: int = field(default=0, init=False)
+    _calls_since_short: int = field(default=_BRISK_CALLS, init=False)
 
     def admit(
         self, demands: Sequence[Demand], present: Sequence[Demand], now: float, deadline: float | None = None
@@ -135,7 +139,8 @@ class StepPolicy:
     def row_cap(self, group: Group) -> int:
         """The most rows of a group's next call."""
         most = max(2, self.max_rows(group))
-        cap = most if self.efficiency is None else self.costs.efficient_rows(group, most, self.efficiency)
+        efficiency = self.brisk if self._calls_since_short < _BRISK_CALLS else self.efficiency
+        cap = most if efficiency is None else self.costs.efficient_rows(group, most, efficiency)
         if self.target_step is not None:
             while cap > 2 and self.costs.seconds(group, cap) > self.target_step:
                 cap -= 1
@@ -162,7 +167,7 @@ class StepPolicy:
         )
         group = first.group
         members = [one for one in candidates if one.group == group]
-        cap = self._cap_for_short(members, self.row_cap(group))
+        cap = self._cap_for_short(members)
         chosen = self._fill(members, levels, cap)
         chosen, rows = self._fit_to_buckets(group, chosen)
         self._calls += 1
@@ -171,8 +176,8 @@ class StepPolicy:
             self._served[one.tag] += one.rows * group.pixels
         return Step(tuple(sorted(chosen, key=lambda one: one.joined)), rows)
 
-    def _cap_for_short(self, candidates: Sequence[Candidate], cap: int) -> int:
-        """Fewer rows while short requests are stepped among long ones, which would make their steps long.
+    def _cap_for_short(self, candidates: Sequence[Candidate]) -> int:
+        """The row cap, with fewer rows while short requests are stepped among long ones, which make their steps long.
 
         Short is at most a quarter of the median length. Where the short ones fill a call themselves, nothing changes.
         """
@@ -180,10 +185,12 @@ class StepPolicy:
         lengths = sorted(one.length for one in candidates)
         typical = lengths[len(lengths) // 2]
         short = [one for one in candidates if one.priority == important and _SHORT * one.length <= typical]
+        self._calls_since_short = 0 if short else self._calls_since_short + 1
+        group = candidates[0].group
+        cap = self.row_cap(group)
         rows = min(cap, sum(one.rows for one in short))
         if not rows:
             return cap
-        group = short[0].group
         limit = self.stretch * self.costs.seconds(group, rows)
         while cap > max(2, rows) and self.costs.seconds(group, self._padded(cap)) > limit:
             cap -= 1
