@@ -35,19 +35,19 @@ class Group(NamedTuple):
 class Medians:
     """The median of the last few measurements of each kind, for a bounded number of kinds."""
 
-    def __init__(self, kinds: int = 256) -> None:
-        self._kinds = kinds
+    def __init__(self, kinds: int = 256, window: int = _WINDOW, at_least: int = 1) -> None:
+        self._kinds, self._window, self._at_least = kinds, window, at_least
         self._windows: dict[Hashable, tuple[float, ...]] = {}
 
     def observe(self, kind: Hashable, value: float) -> None:
         # A new tuple instead of a changed one: other threads read while one writes.
-        self._windows[kind] = (*self._windows.pop(kind, ())[1 - _WINDOW :], value)  # and it is now the newest kind
+        self._windows[kind] = (*self._windows.pop(kind, ())[1 - self._window :], value)  # and it is now the newest kind
         if len(self._windows) > self._kinds:
             del self._windows[next(iter(self._windows))]
 
     def get(self, kind: Hashable, default: float = 0.0) -> float:
         window = self._windows.get(kind)
-        return median(window) if window else default
+        return median(window) if window and len(window) >= self._at_least else default
 
 
 class StepCosts:
@@ -61,7 +61,8 @@ class StepCosts:
         self._medians = Medians(kinds=4096)
         self._rows: dict[Group, tuple[int, ...]] = {}
         self._around_steps = Medians()
-        self._optimism = Medians(kinds=1)
+        # Of many requests: who comes beside one is chance, and only what is usual is to be learnt.
+        self._optimism = Medians(kinds=1, window=41, at_least=8)
         self._efficient: dict[tuple[Group, int, float], int] = {}
 
     def observe(self, group: Group, rows: int, seconds: float) -> None:
