@@ -27,6 +27,7 @@ from diffuserve.errors import (
 )
 from diffuserve.request import Event, GenerateRequest
 from diffuserve_client._client import DEFAULT_URL, Client
+from diffuserve_client._doctor import DOCTOR_EXIT_CODES_HELP, doctor
 from diffuserve_client._errors import ConnectionFailedError
 from diffuserve_client._files import FORMAT_OF_SUFFIX, check_writable, numbered, write_atomically
 from diffuserve_client._timeout import Timeout
@@ -78,6 +79,9 @@ def main(
 ) -> None:
     # A command of its own for `generate` needs a callback beside it; its help is the Typer's.
     pass
+
+
+app.command(epilog=DOCTOR_EXIT_CODES_HELP)(doctor)
 
 
 @app.command(epilog=EXIT_CODES_HELP)

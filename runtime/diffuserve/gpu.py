@@ -6,9 +6,12 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["Driver", "Gpu", "GpuError", "read_driver", "read_gpus"]
+__all__ = ["RTX_CAPABILITIES", "Driver", "Gpu", "GpuError", "read_driver", "read_gpus"]
+
+# What TensorRT-RTX 1.7 builds for, on any machine. The H100's 9.0 is not among them.
+RTX_CAPABILITIES: Final = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 class GpuError(Exception):

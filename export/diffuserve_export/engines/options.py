@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from diffuserve.gpu import RTX_CAPABILITIES
 from diffuserve_export.errors import OptionError
 
-__all__ = ["PROVIDERS", "RTX_CAPABILITIES", "TENSORRT", "TENSORRT_RTX", "EngineOptions", "Facts"]
+__all__ = ["PROVIDERS", "TENSORRT", "TENSORRT_RTX", "EngineOptions", "Facts"]
 
 TENSORRT: Final = "tensorrt"
 TENSORRT_RTX: Final = "tensorrt-rtx"
-# What TensorRT-RTX 1.7 builds for, on any machine. The H100's 9.0 is not among them.
-RTX_CAPABILITIES: Final = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 PROVIDERS: Final = ("cuda", "tensorrt")
 
 _CAPABILITY: Final = re.compile(r"(\d{1,2})\.?(\d)")
