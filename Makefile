@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine check format export serve bench-serving bench-engine clean
+.PHONY: help install demo test accept-engine check format export serve gpu-check bench-serving bench-engine clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ check: $(INSTALLED) ## Formatting, lint, types, and generated files that must no
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint deploy/Dockerfile
+	$(VENV)/bin/yamllint --strict --config-file deploy/yamllint.yaml deploy
+	$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.compose-spec deploy/compose.yaml
 	$(PYTHON) -m diffuserve_export.public_model --check
 	$(PYTHON) -m diffuserve_export.operations_page --check
 	$(PYTHON) -m diffuserve.sampling.matrix --check
@@ -67,6 +70,10 @@ export: $(INSTALLED) ## CHECKPOINT=folder or hub id [TARGET PRECISION NAME SIZES
 serve: $(INSTALLED) ## Serve DEPLOYMENT on loopback until Ctrl-C [HTTP_PORT GRPC_PORT METRICS_PORT]
 	@exec $(PYTHON) -m diffuserve.server --deployment "$(DEPLOYMENT)" \
 		--http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+
+gpu-check: $(INSTALLED) ## Build for this GPU, compare with ONNX, measure, write build/gpu-check/report.md [CHECKPOINT TARGET PRECISION]
+	$(PYTHON) -m diffuserve_export.gpu_check --checkpoint "$(CHECKPOINT)" --precision "$(PRECISION)" \
+		--target "$(if $(filter tensorrt%,$(TARGET)),$(TARGET),tensorrt-rtx)"
 
 bench-serving: $(INSTALLED) ## This service, diffusers behind a lock, and the bare engine, in one run
 	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes
