@@ -73,7 +73,7 @@ def test_a_newcomer_is_in_the_first_call_after_its_text_encoding(logged: Logged)
     running = [Background(logged.client, steps=60, guidance_scale=1.0, seed=i) for i in range(8)]
     for one in running:
         assert one.first_step.wait(30)
-    newcomer = Background(logged.client, steps=4, seed=99)
+    newcomer = Background(logged.client, steps=60, seed=99)
     info = newcomer.wait()
     for one in running:
         one.wait()

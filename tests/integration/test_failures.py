@@ -48,11 +48,11 @@ from diffuserve.triton import DiffusionModel as TritonPythonModel
 choose, calls = StepPolicy.choose, []
 
 
-def choose_with_a_bug(self, candidates):
-    calls.append(len(candidates))
+def choose_with_a_bug(self, candidates, now):
+    calls.append(now)
     if len(calls) == 10:
         raise ZeroDivisionError("a bug in a decision")
-    return choose(self, candidates)
+    return choose(self, candidates, now)
 
 
 StepPolicy.choose = choose_with_a_bug
