@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,8 @@ from diffuserve.errors import ComponentFailedError
 from diffuserve_export import ExportError
 from diffuserve_export.engines import build, engine_from_onnx
 from diffuserve_export.engines.build import EngineError, EngineRequest
-from unit.export.engine_graphs import box, convolution, request
+from diffuserve_export.engines.profiles import tensor_shapes
+from unit.export.engine_graphs import SAMPLE, box, convolution, request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +152,24 @@ def test_a_builder_that_is_killed_leaves_nothing(tmp_path: Path, monkeypatch: py
     with pytest.raises(EngineError, match="ended by signal 9; it may have run out of memory"):
         engine_from_onnx(convolution(tmp_path / "model.onnx"), request(), tmp_path / "cache", pytest.fail)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_tensorrt_is_driven_up_to_where_a_gpu_is_needed(tmp_path: Path) -> None:
+    """With TensorRT-RTX under TensorRT's name: network, profiles, workspace, timing cache and build."""
+    profiles = [tensor_shapes((SAMPLE,), one) for one in request().profiles]
+    job = {"onnx": str(convolution(tmp_path / "model.onnx")), "folder": str(tmp_path), "profiles": profiles}
+    limits = {"capabilities": [[8, 9]], "workspace_bytes": 1 << 28, "timing_cache": str(tmp_path / "timings.bin")}
+    (tmp_path / "job.json").write_text(json.dumps({**job, **limits}))
+    folder = Path(__file__).parent / "stand_in"
+    environment = {**os.environ, "PYTHONPATH": str(folder), "POLYGRAPHY_USE_TENSORRT_RTX": "0"}
+    command = [sys.executable, "-m", "diffuserve_export.engines.builder", str(tmp_path / "job.json")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "STRONGLY_TYPED" in run.stdout
+    assert "WORKSPACE: 256.00 MiB" in run.stdout
+    assert (tmp_path / "model.plan").stat().st_size > 0
+    assert (tmp_path / "timings.bin").stat().st_size > 0
+    error = json.loads((tmp_path / "result.json").read_text()).get("error", "deserializeCudaEngine")
+    assert "deserializeCudaEngine" in error
 
 
 @pytest.mark.parametrize(
