@@ -72,10 +72,16 @@ class Manifest:
     def max_rows(self, component: str, width: int, height: int) -> int:
         """The most rows of one call for pictures of that size: an engine's profiles bound them by their pixels."""
         engine = self.components[component].engine
-        if engine is None:
-            return self.rows.max
+        return self.rows.max if engine is None else engine.max_rows(self._sides(width, height))
+
+    def row_buckets(self, component: str, width: int, height: int) -> tuple[int, ...]:
+        """The row counts that calls for pictures of that size should be padded to; empty where any count is as good."""
+        engine = self.components[component].engine
+        return () if engine is None else engine.row_buckets(self._sides(width, height))
+
+    def _sides(self, width: int, height: int) -> dict[str, int]:
         latent = {"latent_width": width // self.latent_scale, "latent_height": height // self.latent_scale}
-        return engine.max_rows({"width": width, "height": height, **latent})
+        return {"width": width, "height": height, **latent}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"

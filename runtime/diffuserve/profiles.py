@@ -98,6 +98,11 @@ class EngineFacts:
         others = {name: value for name, value in sides.items() if name != ROWS}
         return max((one.sides[ROWS].max for one in self.profiles if one.takes(others)), default=0)
 
+    def row_buckets(self, sides: Mapping[str, int]) -> tuple[int, ...]:
+        """The row counts that have a CUDA graph with these other sides, ascending."""
+        others = {name: value for name, value in sides.items() if name != ROWS}
+        return tuple(sorted({one.sides[ROWS].max for one in self.profiles if one.is_static and one.takes(others)}))
+
     @property
     def device_bytes(self) -> int:
         """Device memory while it is served: its weights, and its contexts.

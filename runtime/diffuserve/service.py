@@ -75,7 +75,9 @@ class DiffusionService:
         self._telemetry = telemetry or Telemetry()
         self._checkpoints = {name: Checkpoint(deployment, name, runner) for name in deployment.checkpoints}
         self._default = deployment.checkpoints[0]
-        self._policy = policy or StepPolicy(costs=StepCosts(), max_rows=self.max_rows, target_step=target_step)
+        self._policy = policy or StepPolicy(
+            costs=StepCosts(), max_rows=self.max_rows, row_buckets=self.row_buckets, target_step=target_step
+        )
         self.loop = DenoiseLoop(
             runner,
             self._policy,
@@ -93,6 +95,10 @@ class DiffusionService:
     def max_rows(self, group: Group) -> int:
         """The rows that the group's engine takes in one call."""
         return self._checkpoints[group.checkpoint].manifest.max_rows(UNET, group.width, group.height)
+
+    def row_buckets(self, group: Group) -> tuple[int, ...]:
+        """The row counts that the group's engine wants."""
+        return self._checkpoints[group.checkpoint].manifest.row_buckets(UNET, group.width, group.height)
 
     def submit(
         self, request: GenerateRequest, reply: Reply, *, request_id: str = "", trace: object | None = None

