@@ -10,7 +10,7 @@ PROMPT ?= a large red circle on a blue background
 CHECKPOINT ?= checkpoints/shapes
 TARGET ?= onnxruntime-cpu
 PRECISION ?= fp32
-OUT ?= build/deployments/$(if $(NAME),$(NAME),$(notdir $(CHECKPOINT)))
+OUT ?= build/deployments/$(or $(NAME),$(if $(RANDOM_WEIGHTS),$(FAMILY)),$(notdir $(CHECKPOINT)))
 DEPLOYMENT ?= build/deployments/shapes
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
@@ -60,8 +60,10 @@ format: $(INSTALLED) ## Apply ruff's formatting and safe fixes
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-export: $(INSTALLED) ## CHECKPOINT=folder or hub id [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS OUT COMPUTE_CAPABILITY]
-	$(PYTHON) -m diffuserve_export --checkpoint "$(CHECKPOINT)" --target "$(TARGET)" --precision "$(PRECISION)" --out "$(OUT)" \
+export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM_WEIGHTS=1 [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS OUT COMPUTE_CAPABILITY]
+	$(PYTHON) -m diffuserve_export $(if $(RANDOM_WEIGHTS),--random-weights,--checkpoint "$(CHECKPOINT)") \
+		$(if $(FAMILY),--family "$(FAMILY)") $(if $(CONFIG),--config "$(CONFIG)") $(if $(ALLOW_PICKLE),--allow-pickle) \
+		$(if $(VAE_PRECISION),--vae-precision "$(VAE_PRECISION)") --target "$(TARGET)" --precision "$(PRECISION)" --out "$(OUT)" \
 		$(if $(NAME),--name "$(NAME)") $(if $(SIZES),--sizes "$(SIZES)") $(if $(MAX_ROWS),--max-rows "$(MAX_ROWS)") \
 		$(if $(COMPUTE_CAPABILITY),--compute-capability "$(COMPUTE_CAPABILITY)") \
 		$(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(if $(MEMORY_BUDGET),--memory-budget "$(MEMORY_BUDGET)") \

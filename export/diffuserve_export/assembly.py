@@ -6,17 +6,16 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffuserve.manifest import Component, Manifest
+from diffuserve.manifest import Component, Conditioning, Encoder, Manifest
 from diffuserve.spec import device_kind
+from diffuserve_export.checkpoint import Checkpoint
 from diffuserve_export.component_model import component_model_from_onnx
 from diffuserve_export.engines.model import GpuModel, check_memory, gpu_model_from_onnx
 from diffuserve_export.engines.profiles import ShapeRanges
-from diffuserve_export.modules import module_of
-from diffuserve_export.onnx_graph import GRAPH_FILE, onnx_from_component
-from diffuserve_export.ports import Ports, ports_of
+from diffuserve_export.graphs import Graph, graph_from_component
+from diffuserve_export.onnx_graph import GRAPH_FILE
 from diffuserve_export.report import Report
-from diffuserve_export.tokenizer import tokenizer_from_checkpoint
-from diffuserve_export.verify import TOLERANCE, check_shapes, example_inputs, example_shape, verify_onnx
+from diffuserve_export.tokenizer import tokenizer_file, tokenizer_from_checkpoint
 
 if TYPE_CHECKING:
     from diffuserve_export.export import Plan
@@ -25,14 +24,14 @@ __all__ = ["assemble"]
 
 
 def assemble(plan: Plan, key: str, staging: Path, report: Report) -> Manifest:
-    """Write models, tokenizer and manifest of `plan` below `staging`, laid out as in a deployment."""
-    ports = ports_of(plan.checkpoint)
+    """Write models, tokenizers and manifest of `plan` below `staging`, laid out as in a deployment."""
     names = plan.checkpoint.family.components
     report.started(plan.name, len(names))
     folder = staging / "checkpoints" / plan.name
     folder.mkdir(parents=True)
-    tokenizer_from_checkpoint(plan.checkpoint, folder / "tokenizer.json")
-    components = {name: _component(plan, name, ports[name], staging / "models", report) for name in names}
+    for encoder in plan.checkpoint.family.encoders:
+        tokenizer_from_checkpoint(plan.checkpoint, encoder, folder / tokenizer_file(encoder))
+    components = {name: _component(plan, name, staging / "models", report) for name in names}
     engines = {name: component.engine for name, component in components.items() if component.engine}
     check_memory(engines, plan.engine.memory_budget_gb)
     manifest = _manifest(plan, key, components)
@@ -40,36 +39,29 @@ def assemble(plan: Plan, key: str, staging: Path, report: Report) -> Manifest:
     return manifest
 
 
-def _component(plan: Plan, component: str, ports: Ports, models: Path, report: Report) -> Component:
-    """Checkpoint -> torch module -> ONNX -> verified -> component model."""
-    checkpoint, folder = plan.checkpoint, models / f"{plan.name}_{component}"
+def _component(plan: Plan, component: str, models: Path, report: Report) -> Component:
+    """Checkpoint -> verified graph -> component model."""
+    folder = models / f"{plan.name}_{component}"
     (folder / "1").mkdir(parents=True)
-    report.stage(component, "loading")
-    module = module_of(checkpoint, component)
-    report.stage(component, "exporting")
-    example = example_inputs(checkpoint, ports[0], example_shape(checkpoint))
-    graph = onnx_from_component(module, ports, example, folder / "1" / GRAPH_FILE, plan.opset)
-    report.stage(component, "verifying")
-    feeds = [example_inputs(checkpoint, ports[0], sides) for sides in check_shapes(checkpoint, plan.size)]
-    report.verified(verify_onnx(graph, module, component, ports, feeds, TOLERANCE[plan.precision]))
-    del module  # a builder may need all the memory that there is
-    return _triton_model(plan, component, ports, folder, report)
+    graph = graph_from_component(plan, component, folder / "1" / GRAPH_FILE, report)
+    return _triton_model(plan, component, graph, folder, report)
 
 
-def _triton_model(plan: Plan, component: str, ports: Ports, folder: Path, report: Report) -> Component:
+def _triton_model(plan: Plan, component: str, graph: Graph, folder: Path, report: Report) -> Component:
     """Make the Triton model of the folder's graph, for the plan's target."""
-    weights = sorted((folder / "1").iterdir())
+    weights, engine = sorted((folder / "1").iterdir()), None
     sha256, size = _sha256(weights), sum(file.stat().st_size for file in weights)
     if device_kind([plan.target]) == "cpu":
-        component_model_from_onnx(folder, ports)
-        return Component(folder.name, ports[0], ports[1], sha256=sha256, bytes=size)
-    report.stage(component, "building")
-    ranges = ShapeRanges(plan.size, plan.rows, plan.checkpoint.latent_scale, plan.checkpoint.token_limit, {})
-    model = GpuModel(plan.target, plan.precision, component, ports, ranges, plan.engine)
-    engine = gpu_model_from_onnx(folder, model, report.note)
+        component_model_from_onnx(folder, graph.ports)
+    else:
+        report.stage(component, "building")
+        ranges = ShapeRanges(plan.size, plan.rows, plan.checkpoint.latent_scale, plan.checkpoint.token_limit, {})
+        model = GpuModel(plan.target, graph.precision, component, graph.ports, ranges, plan.engine)
+        engine = gpu_model_from_onnx(folder, model, report.note)
     if engine is not None:
         sha256, size = engine.sha256, engine.bytes
-    return Component(folder.name, ports[0], ports[1], sha256=sha256, bytes=size, engine=engine)
+    inputs, outputs = graph.ports
+    return Component(folder.name, inputs, outputs, sha256, size, engine, graph.precision, graph.float32)
 
 
 def _sha256(files: list[Path]) -> str:
@@ -99,4 +91,18 @@ def _manifest(plan: Plan, key: str, components: dict[str, Component]) -> Manifes
         token_limit=checkpoint.token_limit,
         scheduler=dict(checkpoint.scheduler),
         components=components,
+        conditioning=_conditioning(checkpoint),
+        steps=checkpoint.steps,
+    )
+
+
+def _conditioning(checkpoint: Checkpoint) -> Conditioning:
+    family = checkpoint.family
+    return Conditioning(
+        encoders=tuple(Encoder(name, tokenizer_file(name)) for name in family.encoders),
+        text_embeds=family.text_embeds or None,
+        time_ids=family.time_ids,
+        zero_empty_negative=checkpoint.zero_empty_negative,
+        sample=family.sample,
+        guidance_embedding=checkpoint.guidance_embedding,
     )

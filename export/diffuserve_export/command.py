@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from diffuserve.spec import FAMILIES
 from diffuserve_export.engines.options import PROVIDERS, EngineOptions
 from diffuserve_export.errors import ExportError
 from diffuserve_export.export import export_checkpoint
@@ -50,11 +51,20 @@ class ConsoleReport(Report):
 
 @app.command()
 def main(
-    checkpoint: Annotated[str, typer.Option(help="a diffusers folder, or a hub id like owner/name")],
     out: Annotated[Path, typer.Option(help="the deployment folder; what is there already stays")],
+    checkpoint: Annotated[
+        str, typer.Option(help="a diffusers folder, a .safetensors file, or a hub id like owner/name")
+    ] = "",
+    family: Annotated[str, typer.Option(help=f"of the checkpoint, or of random weights: {', '.join(FAMILIES)}")] = "",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="full-size models of the family, without a checkpoint")
+    ] = False,
+    config: Annotated[Path | None, typer.Option(help="a diffusers folder with the configs of a single file")] = None,
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="read .bin weights, which can run code")] = False,
     target: Annotated[str, typer.Option(help=f"where the graphs run: {', '.join(TARGETS)}")] = "onnxruntime-cpu",
     name: Annotated[str, typer.Option(help="the checkpoint's name in the deployment [default: from checkpoint]")] = "",
     precision: Annotated[str, typer.Option(help="of the weights and of what is computed")] = "fp32",
+    vae_precision: Annotated[str, typer.Option(help="the autoencoder's own [default: what the family needs]")] = "",
     sizes: Annotated[str, typer.Option(help="min:opt:max in pixels [default: from the checkpoint]")] = "",
     max_rows: Annotated[int, typer.Option(help="the most rows of one UNet call")] = DEFAULT_MAX_ROWS,
     compute_capability: Annotated[
@@ -74,10 +84,15 @@ def main(
     try:
         options = ExportOptions(
             checkpoint=checkpoint,
+            family=family,
+            random_weights=random_weights,
+            config=config,
+            allow_pickle=allow_pickle,
             out=out,
             target=target,
             name=name,
             precision=precision,
+            vae_precision=vae_precision,
             sizes=sizes,
             max_rows=max_rows,
             engine=EngineOptions(

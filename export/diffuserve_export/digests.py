@@ -75,7 +75,8 @@ def export_key(files: Mapping[str, Path], options: Mapping[str, Any], hashes: Fi
 
 def _code_files() -> Iterable[Path]:
     runtime = Path(diffuserve.__file__).parent
-    return [*sorted(Path(__file__).parent.rglob("*.py")), *(runtime / name for name in _RUNTIME_FILES)]
+    own = [path for path in Path(__file__).parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return [*sorted(own), *(runtime / name for name in _RUNTIME_FILES)]
 
 
 def _code_hash(files: Iterable[Path]) -> str:

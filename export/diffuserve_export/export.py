@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffuserve.manifest import Manifest, Range
-from diffuserve_export.checkpoint import Checkpoint, open_checkpoint
+from diffuserve_export.checkpoint import Checkpoint, part_of
 from diffuserve_export.digests import export_key
 from diffuserve_export.engines.device import builder_facts
 from diffuserve_export.engines.options import EngineOptions
-from diffuserve_export.errors import ExportError
+from diffuserve_export.errors import CheckpointError, ExportError
 from diffuserve_export.hub import find_checkpoint
 from diffuserve_export.options import TARGETS, ExportOptions
-from diffuserve_export.ports import PART_OF, row_range, size_range
+from diffuserve_export.ports import row_range, size_range
 from diffuserve_export.report import Report
+from diffuserve_export.sources import open_architecture, open_checkpoint, open_single_file
 from diffuserve_export.workspace import locked_workspace
 
-__all__ = ["Plan", "export_checkpoint"]
+__all__ = ["Plan", "export_checkpoint", "plan_export"]
 
 _SPARE_BYTES = 64 << 20
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be made: the checkpoint, the options with every default filled in, and the key of it all."""
+    """What is to be made: the checkpoint, the options with every default filled in.
+
+    `precisions` are the components' own, where `precision` is what was asked for.
+    """
 
     checkpoint: Checkpoint
     name: str
     source: str
     target: str
     precision: str
+    precisions: Mapping[str, str]
     opset: int
     size: Range
     rows: Range
@@ -43,15 +50,18 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """What enters the key besides the checkpoint's files."""
         options = {field: getattr(self, field) for field in ("name", "target", "precision", "opset")}
+        ranges = {"size": str(self.size), "rows": str(self.rows), "precisions": dict(self.precisions)}
         engine = {"engine": self.engine.facts(), "builder": self.builder}
-        ranges = {"size": str(self.size), "rows": str(self.rows)}
-        return {**options, **ranges, **engine, "family": self.checkpoint.family.name}
+        weights = type(self.checkpoint.weights).__name__, getattr(self.checkpoint.weights, "seed", None)
+        return {**options, **ranges, **engine, "family": self.checkpoint.family.name, "weights": weights}
 
     @property
     def bytes_needed(self) -> int:
-        parts = [self.checkpoint.parts[PART_OF[component]] for component in self.checkpoint.family.components]
-        copies = 1 + len(self.builder.get("devices", ()))
-        return sum(part.parameters for part in parts) * 4 * copies + _SPARE_BYTES
+        """On disk, while it is made: graphs, their engines, and the float32 copy that a bf16 graph is verified by."""
+        counts = {name: self.checkpoint.parts[part_of(name)].parameters for name in self.precisions}
+        kept = sum(counts[name] * _BYTES[precision] for name, precision in self.precisions.items())
+        copies = [counts[name] * 4 for name, precision in self.precisions.items() if precision == "bf16"]
+        return kept * (1 + len(self.builder.get("devices", ()))) + max(copies, default=0) + _SPARE_BYTES
 
 
 def export_checkpoint(options: ExportOptions, report: Report | None = None) -> Manifest:
@@ -61,7 +71,7 @@ def export_checkpoint(options: ExportOptions, report: Report | None = None) -> M
     deployment as it was. Raises OptionError, CheckpointError, VerificationError or ExportError.
     """
     report = report or Report()
-    plan = _plan(options)
+    plan = plan_export(options)
     with locked_workspace(options.out, report) as workspace:
         key = export_key(plan.checkpoint.files, plan.facts(), workspace.hashes)
         if manifest := workspace.current(plan.name, key):
@@ -78,20 +88,40 @@ def export_checkpoint(options: ExportOptions, report: Report | None = None) -> M
         return manifest
 
 
-def _plan(options: ExportOptions) -> Plan:
-    checkpoint = open_checkpoint(find_checkpoint(options.checkpoint))
+def plan_export(options: ExportOptions) -> Plan:
+    """Open the checkpoint and fill in what the options leave out."""
+    checkpoint = _open(options)
+    if options.family not in ("", checkpoint.family.name):
+        raise CheckpointError(f"{checkpoint.label} is of family {checkpoint.family.name}, not {options.family}")
     return Plan(
         checkpoint=checkpoint,
         name=options.deployed_name,
-        source=options.checkpoint,
+        source=options.source,
         target=options.target,
         precision=options.precision,
+        precisions={name: _precision(checkpoint, name, options) for name in checkpoint.family.components},
         opset=TARGETS[options.target].opset,
         size=size_range(checkpoint, options),
         rows=row_range(options),
         engine=options.engine,
         builder=builder_facts(options.target, options.engine),
     )
+
+
+def _open(options: ExportOptions) -> Checkpoint:
+    if options.random_weights:
+        return open_architecture(options.family)
+    found = find_checkpoint(options.checkpoint, allow_pickle=options.allow_pickle)
+    if found.is_file():
+        return open_single_file(found, options.config)
+    return open_checkpoint(found, allow_pickle=options.allow_pickle)
+
+
+def _precision(checkpoint: Checkpoint, component: str, options: ExportOptions) -> str:
+    if part_of(component) != "vae":
+        return options.precision
+    wide = checkpoint.family.wide_vae and checkpoint.parts["vae"].config.get("force_upcast", True)
+    return options.vae_precision or ("fp32" if wide else options.precision)
 
 
 def _check_disk(folder: Path, needed: int) -> None:

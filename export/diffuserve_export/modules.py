@@ -6,48 +6,78 @@ runs the graphs needs none of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel
-from transformers.utils import logging as transformers_logging
 
-from diffuserve.spec import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_export.checkpoint import Checkpoint, Part
-from diffuserve_export.errors import CheckpointError
-from diffuserve_export.ports import PART_OF
+from diffuserve.spec import UNET, VAE_DECODER, VAE_ENCODER, Family
+from diffuserve_export.checkpoint import Checkpoint, part_of
+from diffuserve_export.weights import load_part
 
 __all__ = ["TextEncoder", "UNet", "VaeDecoder", "VaeEncoder", "module_of"]
 
 
 class TextEncoder(nn.Module):
-    """`input_ids` INT32 [rows,77] -> `hidden_states` [rows,77,D], after the final layer norm, and `pooled` [rows,D]."""
+    """`input_ids` INT32 [rows,77] -> `hidden_states` [rows,77,D] and `pooled` [rows,D].
 
-    def __init__(self, model: CLIPTextModel) -> None:
+    `hidden_states` are of the family's layer: -1 is the last one after the final layer norm, -2 the one before it as
+    it is. `pooled` is projected where the encoder has a projection.
+    """
+
+    def __init__(self, model: Any, hidden_layer: int) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.hidden_layer = model, hidden_layer
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         # The exporter has no kernel for the argmax over int32 that finds the last token, hence int64 inside.
-        output = self.model(input_ids.to(torch.int64))
-        return output.last_hidden_state, output.pooler_output
+        output = self.model(input_ids.to(torch.int64), output_hidden_states=self.hidden_layer != -1)
+        pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
+        hidden = output.last_hidden_state if self.hidden_layer == -1 else output.hidden_states[self.hidden_layer]
+        return hidden, pooled
+
+
+class _InTypeOf(nn.Module):
+    """What `module` gives, in the type of the weights of `reader`, which reads it."""
+
+    def __init__(self, module: nn.Module, reader: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.module, self.reader = module, reader
+
+    def forward(self, value: Tensor) -> Tensor:
+        output: Tensor = self.module(value)
+        return output.to(self.reader().dtype)
 
 
 class UNet(nn.Module):
     """`sample` [rows,C,h,w], `timestep` FP32 [rows], `encoder_hidden_states` [rows,tokens,D] -> `model_output`.
 
-    Each row has its own timestep. `model_output` has the shape of `sample`.
+    Each row has its own timestep. `model_output` has the latents' shape. Further inputs, by what the UNet has:
+    `text_embeds` [rows,P] and `time_ids` FP32 [rows,6]; `timestep_cond` [rows,E].
     """
 
     def __init__(self, model: UNet2DConditionModel) -> None:
         super().__init__()
         self.model = model
+        self.takes_time_ids = model.config.addition_embed_type == "text_time"
+        if self.takes_time_ids:
+            # diffusers concatenates the float32 embedding of `time_ids` with `text_embeds`, whatever that is in.
+            model.add_time_proj = _InTypeOf(model.add_time_proj, lambda: model.add_embedding.linear_1.weight)
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        output: Tensor = self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *further: Tensor) -> Tensor:
+        added, rest = {}, list(further)
+        if self.takes_time_ids:
+            added = {"text_embeds": rest.pop(0), "time_ids": rest.pop(0)}
+        output: Tensor = self.model(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=rest.pop(0) if rest else None,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
         return output
 
 
@@ -57,11 +87,11 @@ class VaeDecoder(nn.Module):
     def __init__(self, model: AutoencoderKL) -> None:
         super().__init__()
         self.model = model
-        self.factor = float(model.config.scaling_factor)
-        self.shift = float(getattr(model.config, "shift_factor", None) or 0.0)
+        self.scale, self.shift = _scale_and_shift(model)
 
     def forward(self, latents: Tensor) -> Tensor:
-        output: Tensor = self.model.decode(latents / self.factor + self.shift, return_dict=False)[0]
+        scale, shift = self.scale.to(latents.dtype), self.shift.to(latents.dtype)
+        output: Tensor = self.model.decode(latents / scale + shift, return_dict=False)[0]
         return output
 
 
@@ -76,51 +106,34 @@ class VaeEncoder(nn.Module):
     def __init__(self, model: AutoencoderKL) -> None:
         super().__init__()
         self.model = model
-        self.factor = float(model.config.scaling_factor)
-        self.shift = float(getattr(model.config, "shift_factor", None) or 0.0)
+        self.scale, self.shift = _scale_and_shift(model)
 
     def forward(self, pixels: Tensor) -> Tensor:
         posterior = self.model.encode(pixels).latent_dist
-        return torch.cat([(posterior.mean - self.shift) * self.factor, posterior.std * self.factor], dim=1)
+        scale, shift = self.scale.to(pixels.dtype), self.shift.to(pixels.dtype)
+        return torch.cat([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
 
 
-_MODULES: Mapping[str, tuple[Any, Any]] = {
-    TEXT_ENCODER: (CLIPTextModel, TextEncoder),
-    UNET: (UNet2DConditionModel, UNet),
-    VAE_DECODER: (AutoencoderKL, VaeDecoder),
-    VAE_ENCODER: (AutoencoderKL, VaeEncoder),
-}
+def _scale_and_shift(model: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Of latents x as the autoencoder has them: the UNet uses (x - shift) * scale. A number, or one a channel."""
+    config = model.config
+    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean and deviation:
+        scale, shift = config.scaling_factor / torch.tensor(deviation), torch.tensor(mean)
+        return scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1)
+    return torch.tensor(float(config.scaling_factor)), torch.tensor(float(getattr(config, "shift_factor", None) or 0))
+
+
+def _wrapper(component: str, family: Family) -> Callable[[Any], nn.Module]:
+    others: Mapping[str, Callable[[Any], nn.Module]] = {
+        UNET: UNet,
+        VAE_DECODER: VaeDecoder,
+        VAE_ENCODER: VaeEncoder,
+    }
+    return others.get(component, lambda model: TextEncoder(model, family.hidden_layer))
 
 
 def module_of(checkpoint: Checkpoint, component: str) -> nn.Module:
     """Load a component in float32, whatever its weights are stored in. Raises CheckpointError where they do not fit."""
-    model_class, module_class = _MODULES[component]
-    part = checkpoint.parts[PART_OF[component]]
-    module: nn.Module = module_class(_load(checkpoint, part, model_class))
-    return module.eval().requires_grad_(False)
-
-
-def _load(checkpoint: Checkpoint, part: Part, model_class: Any) -> nn.Module:
-    dtype = "dtype" if model_class is CLIPTextModel else "torch_dtype"
-    transformers_logging.disable_progress_bar()
-    try:
-        model, info = model_class.from_pretrained(
-            checkpoint.root,
-            subfolder=part.name,
-            variant=part.variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **{dtype: torch.float32},
-        )
-    except Exception as error:  # whatever either library raises for weights that do not fit their config
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"the {part.name} of {checkpoint.root} cannot be loaded: {reason}") from error
-    lacking = sorted(info["missing_keys"]) + sorted(str(one) for one in info["mismatched_keys"])
-    if lacking:
-        raise CheckpointError(
-            f"the {part.name} of {checkpoint.root} lacks weights, or has them in another shape: "
-            f"{len(lacking)} of them, first {lacking[0]}"
-        )
-    loaded: nn.Module = model
-    return loaded
+    model = load_part(checkpoint, checkpoint.parts[part_of(component)])
+    return _wrapper(component, checkpoint.family)(model).eval().requires_grad_(False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx_ir
 import torch
@@ -41,7 +42,7 @@ def onnx_from_component(module: nn.Module, ports: Ports, example: Sequence[Tenso
                 opset_version=opset,
                 input_names=[port.name for port in inputs],
                 output_names=[port.name for port in outputs],
-                dynamic_shapes=tuple(shapes),
+                dynamic_shapes=_nested(module, shapes),
                 verbose=False,
             )
     except Exception as error:  # torch's exporter wraps whatever its tracer met
@@ -52,6 +53,13 @@ def onnx_from_component(module: nn.Module, ports: Ports, example: Sequence[Tenso
     size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
     program.save(str(path), external_data=size > _LARGEST_IN_GRAPH)
     return path
+
+
+def _nested(module: nn.Module, shapes: Sequence[Any]) -> tuple[Any, ...]:
+    """As `module.forward` takes its inputs: those of `*further` are one tuple."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
+    return (*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes)
 
 
 def _tidy(model: onnx_ir.Model, inputs: Sequence[TensorShape], outputs: Sequence[TensorShape]) -> None:

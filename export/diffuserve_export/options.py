@@ -7,62 +7,73 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from diffuserve.spec import FAMILIES
 from diffuserve_export.engines.options import EngineOptions
 from diffuserve_export.errors import OptionError
 
-__all__ = ["DEFAULT_OPT_ROWS", "TARGETS", "ExportOptions", "Target"]
+__all__ = ["DEFAULT_OPT_ROWS", "GRAPH_PRECISIONS", "TARGETS", "ExportOptions", "Target"]
 
 DEFAULT_MAX_ROWS: Final = 64
 DEFAULT_OPT_ROWS: Final = 8
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _SIZES: Final = re.compile(r"(\d{1,6}):(\d{1,6}):(\d{1,6})")
-_PRECISIONS: Final = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
+#: Precisions that a graph is exported in; the others are quantized from one.
+GRAPH_PRECISIONS: Final = ("fp32", "fp16", "bf16")
+_PRECISIONS: Final = (*GRAPH_PRECISIONS, "int8", "fp8", "int4")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the graphs run: the precisions that are built for it (none: not built yet) and the ONNX opset."""
+    """Where the graphs run: the ONNX opset, and the precisions that are built for it (none: not built yet)."""
 
     name: str
+    opset: int
     precisions: tuple[str, ...] = ()
-    opset: int = 0
 
 
 # Opset 23 keeps attention in one `Attention` node, which ONNX Runtime has a CPU kernel for (1.32; it is verified like
-# every graph). A small UNet took the CPU time of opset 18 at 8x8 latents, and about 8 % less at 64x64.
+# every graph). A small UNet took the CPU time of opset 18 at 8x8 latents, and about 8 % less at 64x64. The others get
+# opset 18, which has none: TensorRT-RTX refuses the node where it has no fused kernel for it, such as in float32.
 TARGETS: Final = {
     target.name: target
     for target in (
-        Target("onnxruntime-cpu", precisions=("fp32",), opset=23),
-        # TensorRT-RTX refuses that node where it has no fused kernel for it: in float32, and with heads of 8.
-        Target("onnxruntime", precisions=("fp32",), opset=18),
-        Target("tensorrt", precisions=("fp32",), opset=18),
-        Target("tensorrt-rtx", precisions=("fp32",), opset=18),
+        Target("onnxruntime-cpu", opset=23, precisions=("fp32", "fp16")),
+        Target("onnxruntime", opset=18, precisions=GRAPH_PRECISIONS),
+        Target("tensorrt", opset=18, precisions=GRAPH_PRECISIONS),
+        Target("tensorrt-rtx", opset=18, precisions=GRAPH_PRECISIONS),
     )
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """One export: `checkpoint` (a diffusers folder, or a hub id) for `target` into the deployment folder `out`.
+    """One export for `target` into the deployment folder `out`.
 
-    `name` is the checkpoint's name in the deployment; by default it comes from `checkpoint`. `sizes` is
-    "min:opt:max" in pixels, by default what the family allows for the checkpoint's own size. `max_rows` bounds
-    the rows of one UNet call. `engine` is for the GPU targets. Raises OptionError.
+    `checkpoint` is a diffusers folder, a `.safetensors` file or a hub id. Or else `random_weights` makes the
+    full-size models of `family`; beside a checkpoint, `family` is what it must be. `config` is a diffusers folder with
+    the configs of a single file, by default those of its family's own models. `name` is the checkpoint's name in the
+    deployment; by default it comes from the checkpoint. `sizes` is "min:opt:max" in pixels, by default what the
+    family allows for the checkpoint's own size. `max_rows` bounds the rows of one UNet call. `vae_precision` is the
+    autoencoder's, by default `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU
+    targets. Raises OptionError.
     """
 
-    checkpoint: str
     out: Path
+    checkpoint: str = ""
+    family: str = ""
+    random_weights: bool = False
+    config: Path | None = None
+    allow_pickle: bool = False
     target: str = "onnxruntime-cpu"
     precision: str = "fp32"
+    vae_precision: str = ""
     name: str = ""
     sizes: str = ""
     max_rows: int = DEFAULT_MAX_ROWS
     engine: EngineOptions = field(default_factory=EngineOptions)
 
     def __post_init__(self) -> None:
-        if not self.checkpoint.strip():
-            raise OptionError("the checkpoint is empty; give a diffusers folder or a hub id")
+        self._check_source()
         self._check_target()
         if self.sizes and not _SIZES.fullmatch(self.sizes):
             raise OptionError(f"sizes is {self.sizes!r}, and must be min:opt:max in pixels, like 256:512:1024")
@@ -74,25 +85,48 @@ class ExportOptions:
                 "letter or digit; give another with --name"
             )
 
+    def _check_source(self) -> None:
+        if self.family and self.family not in FAMILIES:
+            raise OptionError(f"family is {self.family!r}, and must be one of {', '.join(FAMILIES)}")
+        if self.random_weights and self.checkpoint.strip():
+            raise OptionError(f"random weights are for a family, and the checkpoint {self.checkpoint} has its own")
+        if self.random_weights and not self.family:
+            raise OptionError(f"random weights need a family: one of {', '.join(FAMILIES)}")
+        if not self.random_weights and not self.checkpoint.strip():
+            raise OptionError(
+                "the checkpoint is empty; give a diffusers folder, a .safetensors file or a hub id, or a family with "
+                "random weights"
+            )
+        if self.config and not self.config.is_dir():
+            raise OptionError(f"config is {self.config}, and must be a diffusers folder")
+
     def _check_target(self) -> None:
-        target = TARGETS.get(self.target)
-        if target is None:
+        if self.target not in TARGETS:
             raise OptionError(f"target is {self.target!r}, and must be one of {', '.join(TARGETS)}")
         if self.precision not in _PRECISIONS:
             raise OptionError(f"precision is {self.precision!r}, and must be one of {', '.join(_PRECISIONS)}")
-        if self.precision not in target.precisions:
+        if self.vae_precision and self.vae_precision not in GRAPH_PRECISIONS:
+            allowed = ", ".join(GRAPH_PRECISIONS)
+            raise OptionError(f"vae-precision is {self.vae_precision!r}, and must be one of {allowed}")
+        wanted = {self.precision, self.vae_precision or self.precision}
+        if lacking := sorted(wanted - set(TARGETS[self.target].precisions)):
             built = [f"{one.name} in {precision}" for one in TARGETS.values() for precision in one.precisions]
-            raise OptionError(f"not built yet: {self.target} in {self.precision}; use {' or '.join(built)}")
+            raise OptionError(f"not built yet: {self.target} in {lacking[0]}; use {' or '.join(built)}")
         self.engine.check_target(self.target)
 
     @property
     def deployed_name(self) -> str:
-        """`name`, or the checkpoint's last path part in letters that Triton's model names can hold."""
-        if self.name:
-            return self.name
+        """`name`, or the checkpoint's last path part, or the family, in letters that Triton's model names can hold."""
+        if self.name or self.random_weights:
+            return self.name or self.family
         path = Path(self.checkpoint)
         last = path.resolve().name if path.exists() else path.name
-        return re.sub(r"[^a-z0-9_-]", "-", last.lower())
+        return re.sub(r"[^a-z0-9_-]", "-", last.removesuffix(".safetensors").lower())
+
+    @property
+    def source(self) -> str:
+        """What is exported, for the manifest."""
+        return f"{self.family}, random weights" if self.random_weights else self.checkpoint
 
     @property
     def size_numbers(self) -> tuple[int, int, int] | None:

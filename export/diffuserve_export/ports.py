@@ -2,60 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.manifest import Range, TensorShape
-from diffuserve.spec import LATENTS, PIXELS, TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_export.checkpoint import Checkpoint
+from diffuserve.spec import LATENTS, PIXELS, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve_export.checkpoint import Checkpoint, Part
 from diffuserve_export.errors import OptionError
 from diffuserve_export.options import DEFAULT_OPT_ROWS, ExportOptions
 
-__all__ = ["PART_OF", "Ports", "ports_of", "row_range", "size_range"]
+__all__ = ["DATATYPES", "Ports", "ports_of", "row_range", "size_range"]
 
 Ports = tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]
-PART_OF = {TEXT_ENCODER: "text_encoder", UNET: "unet", VAE_DECODER: "vae", VAE_ENCODER: "vae"}
+#: Triton's names of the precisions.
+DATATYPES: Final = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}
 
 _LATENT_SIDES = ("latent_height", "latent_width")
 _PIXEL_SIDES = ("height", "width")
 
 
-def ports_of(checkpoint: Checkpoint) -> dict[str, Ports]:
-    """Inputs and outputs by component. Dimensions that vary are names, the same in every tensor of a component."""
-    channels, tokens = checkpoint.latent_channels, checkpoint.token_limit
-    width = int(checkpoint.parts["text_encoder"].config["hidden_size"])
-    context = int(checkpoint.parts["unet"].config["cross_attention_dim"])
-    latents = ("rows", channels, *_LATENT_SIDES)
-    pixels = TensorShape(PIXELS, "FP32", ("rows", 3, *_PIXEL_SIDES))
+def ports_of(checkpoint: Checkpoint, precisions: Mapping[str, str] = MappingProxyType({})) -> dict[str, Ports]:
+    """Inputs and outputs by component. Dimensions that vary are names, the same in every tensor of a component.
+
+    `precisions` are the components', float32 by default. `timestep` and `time_ids` are FP32 in any: fp16 has no 721.37.
+    """
+    types = {name: DATATYPES[precisions.get(name, "fp32")] for name in checkpoint.family.components}
+    channels = checkpoint.latent_channels
+    encoders = {name: _encoder_ports(checkpoint, name, types[name]) for name in checkpoint.family.encoders}
     return {
-        TEXT_ENCODER: (
-            (TensorShape("input_ids", "INT32", ("rows", tokens)),),
-            (
-                TensorShape("hidden_states", "FP32", ("rows", tokens, width)),
-                TensorShape("pooled", "FP32", ("rows", width)),
-            ),
-        ),
+        **encoders,
         UNET: (
-            (
-                TensorShape("sample", "FP32", latents),
-                TensorShape("timestep", "FP32", ("rows",)),
-                TensorShape("encoder_hidden_states", "FP32", ("rows", "tokens", context)),
-            ),
-            (TensorShape("model_output", "FP32", latents),),
+            _unet_inputs(checkpoint, types[UNET]),
+            (TensorShape("model_output", types[UNET], ("rows", channels, *_LATENT_SIDES)),),
         ),
-        VAE_DECODER: ((TensorShape(LATENTS, "FP32", latents),), (pixels,)),
+        VAE_DECODER: (
+            (TensorShape(LATENTS, types[VAE_DECODER], ("rows", channels, *_LATENT_SIDES)),),
+            (TensorShape(PIXELS, types[VAE_DECODER], ("rows", 3, *_PIXEL_SIDES)),),
+        ),
         VAE_ENCODER: (
-            (pixels,),
-            (TensorShape("moments", "FP32", ("rows", 2 * channels, *_LATENT_SIDES)),),
+            (TensorShape(PIXELS, types[VAE_ENCODER], ("rows", 3, *_PIXEL_SIDES)),),
+            (TensorShape("moments", types[VAE_ENCODER], ("rows", 2 * channels, *_LATENT_SIDES)),),
         ),
     }
+
+
+def _encoder_ports(checkpoint: Checkpoint, name: str, datatype: str) -> Ports:
+    part, tokens = checkpoint.parts[name], checkpoint.token_limit
+    width = int(part.config["hidden_size"])
+    return (
+        (TensorShape("input_ids", "INT32", ("rows", tokens)),),
+        (
+            TensorShape("hidden_states", datatype, ("rows", tokens, width)),
+            TensorShape("pooled", datatype, ("rows", _pooled_width(part))),
+        ),
+    )
+
+
+def _pooled_width(part: Part) -> int:
+    projected = part.class_name.endswith("WithProjection")
+    return int(part.config.get("projection_dim", 512) if projected else part.config["hidden_size"])
+
+
+def _unet_inputs(checkpoint: Checkpoint, datatype: str) -> tuple[TensorShape, ...]:
+    """In the order of `modules.UNet.forward`."""
+    family, config = checkpoint.family, checkpoint.parts[UNET].config
+    inputs = [
+        TensorShape("sample", datatype, ("rows", checkpoint.sample_channels, *_LATENT_SIDES)),
+        TensorShape("timestep", "FP32", ("rows",)),
+        TensorShape("encoder_hidden_states", datatype, ("rows", "tokens", int(config["cross_attention_dim"]))),
+    ]
+    if family.time_ids:
+        width = _pooled_width(checkpoint.parts[family.text_embeds])
+        inputs.append(TensorShape("text_embeds", datatype, ("rows", width)))
+        inputs.append(TensorShape("time_ids", "FP32", ("rows", len(family.time_ids))))
+    if checkpoint.guidance_embedding:
+        inputs.append(TensorShape("timestep_cond", datatype, ("rows", checkpoint.guidance_embedding)))
+    return tuple(inputs)
 
 
 def size_range(checkpoint: Checkpoint, options: ExportOptions) -> Range:
     """Widths and heights in pixels. Raises OptionError where `options.sizes` is out of the checkpoint's step."""
     step, family = checkpoint.size_step, checkpoint.family
     own = checkpoint.sample_size * checkpoint.latent_scale
-    low = max(step, int(own * family.min_size_factor) // step * step)
+    low = max(step, int(own * family.min_size) // step * step)
     opt = max(low, own // step * step)
-    high = max(opt, int(own * family.max_size_factor) // step * step)
+    high = max(opt, int(own * family.max_size) // step * step)
     numbers = options.size_numbers or (low, opt, high)
     try:
         return Range(*numbers, step=step)

@@ -9,13 +9,18 @@ from pathlib import Path
 
 from diffuserve_export.errors import CheckpointError
 
-__all__ = ["parameters_in"]
+__all__ = ["parameters_in", "shapes_in"]
 
 _LONGEST_HEADER = 100_000_000  # the format's own limit
 
 
 def parameters_in(file: Path) -> int:
     """The number of parameters in `file`. Raises CheckpointError where it is truncated or no safetensors file."""
+    return sum(math.prod(shape) for shape in shapes_in(file).values())
+
+
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in `file`. Raises CheckpointError where it is truncated or no safetensors file."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -27,6 +32,6 @@ def parameters_in(file: Path) -> int:
         end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if end != size:
             raise ValueError(f"it should have {end} bytes, and has {size}")
-        return sum(math.prod(tensor["shape"]) for tensor in header.values())
+        return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{file} is truncated or damaged: {error}; fetch it again") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
@@ -15,14 +16,27 @@ from torch import Tensor, nn
 from diffuserve.manifest import Range, TensorShape
 from diffuserve_export.checkpoint import Checkpoint
 from diffuserve_export.errors import VerificationError
+from diffuserve_export.float32_copy import float32_copy
 from diffuserve_export.ports import Ports
 
-__all__ = ["TOLERANCE", "Sides", "Verified", "check_shapes", "example_inputs", "example_shape", "verify_onnx"]
+__all__ = [
+    "TOLERANCE",
+    "Sides",
+    "Verified",
+    "check_shapes",
+    "example_inputs",
+    "example_shape",
+    "reference_outputs",
+    "verify_onnx",
+]
 
 Sides = Mapping[str, int]
 
-TOLERANCE: Final = {"fp32": 1e-4}
+TOLERANCE: Final = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2}
 _SEED: Final = 20
+#: The longest side that a graph is verified at, in latents: a full-size model's own would take minutes on a CPU.
+_LARGEST_SIDE: Final = 32
+_DTYPES: Final = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +50,14 @@ class Verified:
 
 
 def check_shapes(checkpoint: Checkpoint, size: Range) -> tuple[Sides, Sides]:
-    """Two sets of sides: the checkpoint's own size with one row, and a small oblong with three rows and two chunks."""
-    other = size.min + size.step if size.min + size.step <= size.max else size.min
+    """Two sets of sides: about the checkpoint's own size with one row, and a small oblong of three rows, two chunks."""
+    step, bound = size.step, _LARGEST_SIDE * checkpoint.latent_scale
+    own = max(step, min(size.opt, bound) // step * step)
+    low = max(step, min(size.min, own // 2) // step * step)
+    other = low + step if low + step <= size.max else low
     return (
-        _sides(checkpoint, rows=1, chunks=1, height=size.opt, width=size.opt),
-        _sides(checkpoint, rows=3, chunks=2, height=size.min, width=other),
+        _sides(checkpoint, rows=1, chunks=1, height=own, width=own),
+        _sides(checkpoint, rows=3, chunks=2, height=low, width=other),
     )
 
 
@@ -65,48 +82,87 @@ def _sides(checkpoint: Checkpoint, *, rows: int, chunks: int, height: int, width
 def example_inputs(checkpoint: Checkpoint, inputs: Sequence[TensorShape], sides: Sides) -> list[Tensor]:
     """Seeded inputs like those of a service: token ids with an end, timesteps of a schedule, pictures, noise."""
     generator = torch.Generator().manual_seed(_SEED)
-    config = checkpoint.parts["text_encoder"].config
-    vocabulary, last = int(config["vocab_size"]), int(config.get("eos_token_id", 49407))
+    vocabulary = min(int(checkpoint.parts[name].config["vocab_size"]) for name in checkpoint.family.encoders)
+    # Configs that say 2 are from before that was put right; CLIP's own end is its last token.
+    ends = {int(checkpoint.parts[name].config.get("eos_token_id", 2)) for name in checkpoint.family.encoders} - {2}
     drawn = []
     for port in inputs:
         shape = [sides[side] if isinstance(side, str) else side for side in port.shape]
         if port.name == "input_ids":
-            tensor = torch.randint(0, vocabulary, shape, generator=generator)
-            tensor[:, shape[1] // 2 :] = min(last, vocabulary - 1)
-            tensor = tensor.to(torch.int32)
+            tensor = torch.randint(0, vocabulary - 1, shape, generator=generator)
+            tensor[:, shape[1] // 2 :] = min(ends.pop() if len(ends) == 1 else vocabulary - 1, vocabulary - 1)
         elif port.name == "timestep":
             tensor = torch.rand(shape, generator=generator) * 999
-        elif port.name == "pixels":
+        elif port.name == "time_ids":
+            tensor = torch.rand(shape, generator=generator) * 1024
+        elif port.name in ("pixels", "timestep_cond"):
             tensor = torch.rand(shape, generator=generator) * 2 - 1
         else:
             tensor = torch.randn(shape, generator=generator)
-        drawn.append(tensor)
+        drawn.append(tensor.to(_DTYPES[port.datatype]))
     return drawn
 
 
-def verify_onnx(
-    path: Path, module: nn.Module, component: str, ports: Ports, feeds: Sequence[Sequence[Tensor]], tolerance: float
-) -> list[Verified]:
-    """Run the graph at `path` and `module` on the same `feeds` and compare every output.
+def reference_outputs(module: nn.Module, feeds: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """What the float32 `module` makes of each of `feeds`."""
+    outputs = []
+    for feed in feeds:
+        with torch.no_grad():
+            output = module(*(tensor.float() if tensor.is_floating_point() else tensor for tensor in feed))
+        outputs.append(list(output) if isinstance(output, tuple) else [output])
+    return outputs
 
-    Raises VerificationError where the graph does not load or run, has other tensors than `ports`, gives another
-    shape or a value that is not finite, or is off by more than `tolerance`, relative to the largest value.
+
+def verify_onnx(
+    path: Path,
+    component: str,
+    ports: Ports,
+    feeds: Sequence[Sequence[Tensor]],
+    expected: Sequence[Sequence[Tensor]],
+    tolerance: float,
+) -> list[Verified]:
+    """Run the graph at `path` on `feeds` and compare every output with what is `expected`.
+
+    ONNX Runtime has no kernels for bf16 on a CPU: such a graph is run as a copy in float32, with its weights and
+    inputs as they were rounded. Raises VerificationError where the graph does not load or run, has other tensors than
+    `ports`, gives another shape or a value that is not finite, or is off by more than `tolerance`, relative to the
+    largest value.
     """
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        _check_sides(session, component, ports)
-        results = []
-        for feed in feeds:
-            expected = _run_torch(module, feed)
-            named = {port.name: tensor.numpy() for port, tensor in zip(ports[0], feed, strict=True)}
-            for port, want, got in zip(ports[1], expected, session.run(None, named), strict=True):
-                results.append(_compare(component, port.name, want, got, tolerance))
+        if not any(port.datatype == "BF16" for port in (*ports[0], *ports[1])):
+            return _verify(path, component, ports, feeds, expected, tolerance)
+        with TemporaryDirectory(prefix=".float32-", dir=path.parents[1]) as folder:
+            copy = float32_copy(path, Path(folder) / path.name)
+            return _verify(copy, component, ports, feeds, expected, tolerance)
     except VerificationError:
         raise
     except Exception as error:  # ONNX Runtime's errors have no common root
         reason = str(error).strip().splitlines()[0]
         raise VerificationError(f"{component}: ONNX Runtime cannot run the graph: {reason}") from error
+
+
+def _verify(
+    path: Path,
+    component: str,
+    ports: Ports,
+    feeds: Sequence[Sequence[Tensor]],
+    expected: Sequence[Sequence[Tensor]],
+    tolerance: float,
+) -> list[Verified]:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    _check_sides(session, component, ports)
+    results = []
+    for feed, wanted in zip(feeds, expected, strict=True):
+        named = {port.name: _array(tensor) for port, tensor in zip(ports[0], feed, strict=True)}
+        for port, want, got in zip(ports[1], wanted, session.run(None, named), strict=True):
+            results.append(_compare(component, port.name, want, got, tolerance))
     return results
+
+
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """numpy has no bf16; the float32 copy of a graph takes its values in float32."""
+    array: np.ndarray[Any, Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
 
 
 def _check_sides(session: onnxruntime.InferenceSession, component: str, ports: Ports) -> None:
@@ -115,17 +171,11 @@ def _check_sides(session: onnxruntime.InferenceSession, component: str, ports: P
             raise VerificationError(f"{component}: the graph has {found.name} {found.shape} instead of {port}")
 
 
-def _run_torch(module: nn.Module, feed: Sequence[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        output = module(*feed)
-    return list(output) if isinstance(output, tuple) else [output]
-
-
 def _compare(component: str, output: str, want: Tensor, got: np.ndarray[Any, Any], tolerance: float) -> Verified:
     reference = want.numpy()
     if got.shape != reference.shape:
         raise VerificationError(f"{component}: {output} has shape {got.shape}, and torch gives {reference.shape}")
-    error = float(np.abs(got - reference).max() / max(float(np.abs(reference).max()), 1e-12))
+    error = float(np.abs(got.astype(np.float32) - reference).max() / max(float(np.abs(reference).max()), 1e-12))
     if not error <= tolerance:  # written so that a NaN fails
         raise VerificationError(
             f"{component}: {output} {list(got.shape)} is off by {error:.2e} relative to torch, "

@@ -2,7 +2,7 @@
 
 <deployment>/deployment.json                     the checkpoints by name, the default first
 <deployment>/checkpoints/<name>/manifest.json    one Manifest
-<deployment>/checkpoints/<name>/tokenizer.json   as the `tokenizers` library reads it
+<deployment>/checkpoints/<name>/tokenizer*.json  as the `tokenizers` library reads it
 <deployment>/models/<triton model>/              component models
 """
 
@@ -15,10 +15,22 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from diffuserve.profiles import EngineFacts, Range
+from diffuserve.spec import DEFAULT_STEPS
 
-__all__ = ["FORMAT_VERSION", "Component", "Deployment", "Manifest", "Range", "TensorShape"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Component",
+    "Conditioning",
+    "Deployment",
+    "Encoder",
+    "Manifest",
+    "Range",
+    "TensorShape",
+]
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+# Of deployment.json, which has not changed since.
+_DEPLOYMENT_VERSION: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +46,8 @@ class TensorShape:
 class Component:
     """One component and the Triton model that serves it.
 
-    `sha256` and `bytes` are of its weights and graph, or of its engine; `engine` says more of that.
+    `sha256` and `bytes` are of its weights and graph, or of its engine; `engine` says more of that. `precision` is what
+    it computes in, but for the modules named in `float32`, whose activations need the range.
     """
 
     model: str
@@ -43,6 +56,41 @@ class Component:
     sha256: str
     bytes: int
     engine: EngineFacts | None = None
+    precision: str = "fp32"
+    float32: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """A text encoder: its component, and the file beside the manifest that reads prompts for it."""
+
+    component: str
+    tokenizer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """How a prompt and a picture's size become the UNet's inputs.
+
+    encoders             their `hidden_states`, side by side on the last axis, are `encoder_hidden_states`
+    text_embeds          the component whose `pooled` is the input `text_embeds`, or None: there is no such input
+    time_ids             the input `time_ids`, a number each; "height" and "width" stand for the picture's, in pixels.
+                         Empty: there is no such input
+    zero_empty_negative  for an empty negative prompt, `hidden_states` and `pooled` are zeros instead of an encoding
+    sample               what `sample` holds, channel after channel: `latents` alone, or with `mask` (one channel, 1
+                         where the picture is to be made new) and `masked_latents` (the masked picture's, scaled)
+    guidance_embedding   width of the input `timestep_cond`, or 0: there is no such input. Where there is one, a
+                         request always takes one row, and its guidance scale s is embedded: with w = 1000 (s - 1) and
+                         n = guidance_embedding // 2, f[i] = 10000 ** (-i / (n - 1)), the row is
+                         sin(w f[0..n-1]), cos(w f[0..n-1]), and a zero where guidance_embedding is odd
+    """
+
+    encoders: tuple[Encoder, ...] = (Encoder("text_encoder", "tokenizer.json"),)
+    text_embeds: str | None = None
+    time_ids: tuple[int | str, ...] = ()
+    zero_empty_negative: bool = False
+    sample: tuple[str, ...] = ("latents",)
+    guidance_embedding: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +98,8 @@ class Manifest:
     """One exported checkpoint.
 
     `key` is the hash of everything that went in. `size` bounds width and height in pixels, `latent_scale` is
-    pixels per latent (8), `scheduler` is the checkpoint's own scheduler config, with its `_class_name`.
+    pixels per latent (8), `scheduler` is the checkpoint's own scheduler config, with its `_class_name`, and
+    `guidance_scale` and `steps` are of a request that gives none. `precision` is what was asked for; see components.
     """
 
     name: str
@@ -67,6 +116,8 @@ class Manifest:
     token_limit: int
     scheduler: Mapping[str, Any]
     components: Mapping[str, Component]
+    conditioning: Conditioning = Conditioning()
+    steps: int = DEFAULT_STEPS
     format_version: int = FORMAT_VERSION
 
     def max_rows(self, component: str, width: int, height: int) -> int:
@@ -96,6 +147,7 @@ class Manifest:
         try:
             raw["size"], raw["rows"] = Range(**raw["size"]), Range(**raw["rows"])
             raw["components"] = {name: _component(value) for name, value in raw["components"].items()}
+            raw["conditioning"] = _conditioning(raw["conditioning"])
             return cls(**raw)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the manifest lacks or has too much: {error}; export again") from error
@@ -109,6 +161,15 @@ def _component(raw: dict[str, Any]) -> Component:
         sha256=raw["sha256"],
         bytes=raw["bytes"],
         engine=EngineFacts.from_dict(raw["engine"]) if raw.get("engine") else None,
+        precision=raw["precision"],
+        float32=tuple(raw["float32"]),
+    )
+
+
+def _conditioning(raw: dict[str, Any]) -> Conditioning:
+    encoders = tuple(Encoder(**one) for one in raw["encoders"])
+    return Conditioning(
+        **{**raw, "encoders": encoders, "time_ids": tuple(raw["time_ids"]), "sample": tuple(raw["sample"])}
     )
 
 
@@ -136,12 +197,14 @@ class Deployment:
         return Manifest.from_json((self.folder(checkpoint) / "manifest.json").read_text(encoding="utf-8"))
 
     def to_json(self) -> str:
-        return json.dumps({"format_version": FORMAT_VERSION, "checkpoints": list(self.checkpoints)}, indent=2) + "\n"
+        return (
+            json.dumps({"format_version": _DEPLOYMENT_VERSION, "checkpoints": list(self.checkpoints)}, indent=2) + "\n"
+        )
 
     @classmethod
     def load(cls, root: Path) -> Deployment:
         """Raises FileNotFoundError where `root` is not a deployment, ValueError where it cannot be read."""
         raw = json.loads((root / cls.FILE).read_text(encoding="utf-8"))
-        if raw.get("format_version") != FORMAT_VERSION or not raw.get("checkpoints"):
-            raise ValueError(f"{root / cls.FILE} names no checkpoint in format {FORMAT_VERSION}; export again")
+        if raw.get("format_version") != _DEPLOYMENT_VERSION or not raw.get("checkpoints"):
+            raise ValueError(f"{root / cls.FILE} names no checkpoint in format {_DEPLOYMENT_VERSION}; export again")
         return cls(root, tuple(raw["checkpoints"]))

@@ -21,6 +21,7 @@ __all__ = ["OnnxComponentModel"]
 
 _DTYPES: Final[dict[str, Any]] = {
     "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
 }

@@ -27,6 +27,8 @@ from diffuserve_export import ExportOptions, assembly, export_checkpoint
 from diffuserve_export.digests import FileHashes
 from diffuserve_export.engines import EngineOptions, EngineRequest, device
 from diffuserve_export.engines import model as engine_model
+from diffuserve_export.graphs import Graph
+from diffuserve_export.ports import ports_of
 from integration.swapped import parsed_config, swap_engines
 
 REQUEST = GenerateRequest(prompt="a large red circle on a blue background", seed=4, steps=4)
@@ -55,14 +57,11 @@ def every_target(rtx_deployment: Path, deployment: Path, tmp_path_factory: pytes
     with pytest.MonkeyPatch.context() as patched:
         known = graphs(deployment)
 
-        def copy(*arguments: Any) -> Path:
-            path = next(one for one in arguments if isinstance(one, Path))
-            component = path.parents[1].name.split("_", 1)[1]
-            return Path(shutil.copyfile(known[component], path))
+        def copy(plan: Any, component: str, path: Path, report: Any) -> Graph:
+            shutil.copyfile(known[component], path)
+            return Graph(path, ports_of(plan.checkpoint)[component], "fp32", ())
 
-        patched.setattr(assembly, "onnx_from_component", copy)
-        patched.setattr(assembly, "module_of", lambda *_: None)
-        patched.setattr(assembly, "verify_onnx", lambda *_: [])
+        patched.setattr(assembly, "graph_from_component", copy)
         for module in (device, engine_model):
             patched.setattr(module, "engine_devices", lambda *_: (("8.0",), "NVIDIA A100-SXM4-80GB"))
             patched.setattr(module, "builder_version", lambda *_: "10.13.3")

@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 from diffuserve_export import CheckpointError, ExportOptions, OptionError, export_checkpoint
-from diffuserve_export.checkpoint import open_checkpoint
 from diffuserve_export.command import app
 from diffuserve_export.hub import find_checkpoint
+from diffuserve_export.sources import open_checkpoint
 from unit.export.conftest import Exported
 
 
@@ -67,8 +67,21 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
         lambda f: edit(f / "model_index.json", vae=["diffusers", "AutoencoderTiny"]),
         "has AutoencoderTiny as its vae; AutoencoderKL is exported",
     ),
-    ("inpainting", lambda f: edit(f / "unet" / "config.json", in_channels=9), "not built yet: a UNet of 9 input"),
-    ("distilled", lambda f: edit(f / "unet" / "config.json", time_cond_proj_dim=8), "with time_cond_proj_dim"),
+    ("edited by text", lambda f: edit(f / "unet" / "config.json", in_channels=8), "not built yet: a UNet of 8 input"),
+    ("classes", lambda f: edit(f / "unet" / "config.json", num_class_embeds=8), "with num_class_embeds"),
+    ("SDXL's UNet", lambda f: edit(f / "unet/config.json", addition_embed_type="text_time"), "and sd15 needs None"),
+    (
+        "another width",
+        lambda f: edit(f / "unet/config.json", cross_attention_dim=24),
+        "takes text of width 24, and its",
+    ),
+    (
+        "the refiner",
+        lambda f: edit(
+            f / "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline", text_encoder_2=[None] * 2
+        ),
+        "has nothing as its text_encoder_2",
+    ),
     ("no scheduler class", lambda f: (f / "scheduler/scheduler_config.json").write_text("{}"), "has no _class_name"),
 ]
 
@@ -93,7 +106,13 @@ def test_a_bad_checkpoint(checkpoint: Path, tmp_path: Path, damage: Callable[[Pa
             "compute-capability is given, and the target onnxruntime-cpu has no use for it",
         ),
         (["--target", "tensorrt-rtx", "--compute-capability", "70"], "TensorRT-RTX builds for 75,80,86,89,120,121"),
-        (["--precision", "fp16"], "not built yet: onnxruntime-cpu in fp16"),
+        (["--precision", "bf16"], "not built yet: onnxruntime-cpu in bf16"),
+        (["--precision", "int8"], "not built yet: onnxruntime-cpu in int8"),
+        (["--vae-precision", "int8"], "vae-precision is 'int8', and must be one of fp32, fp16, bf16"),
+        (["--family", "sd3"], "family is 'sd3', and must be one of sd15"),
+        (["--family", "sdxl"], "is of family sd15, not sdxl"),
+        (["--random-weights"], "has its own"),
+        (["--config", "/no/such"], "config is /no/such, and must be a diffusers folder"),
         (["--precision", "fp3"], "precision is 'fp3', and must be one of fp32"),
         (["--sizes", "64"], "must be min:opt:max in pixels"),
         (["--sizes", "10:16:32"], "each a multiple of 4"),
@@ -112,9 +131,9 @@ def test_a_bad_option(saved_checkpoint: Path, tmp_path: Path, arguments: list[st
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     assert "there is no folder /no/such" in refused("--checkpoint", "/no/such", "--out", out)
-    (tmp_path / "one.safetensors").write_text("")
-    message = "not built yet: single files like"
-    assert message in refused("--checkpoint", str(tmp_path / "one.safetensors"), "--out", out)
+    assert "there is no file /no/such.safetensors" in refused("--checkpoint", "/no/such.safetensors", "--out", out)
+    (tmp_path / "one.ckpt").write_text("")
+    assert "is a pickle, which can run code" in refused("--checkpoint", str(tmp_path / "one.ckpt"), "--out", out)
     (tmp_path / "notes.txt").write_text("")
     assert "is a file" in refused("--checkpoint", str(tmp_path / "notes.txt"), "--out", out)
 
@@ -168,7 +187,7 @@ def test_shards_must_all_be_there(checkpoint: Path) -> None:
     weights.rename(shard)
     index = weights.with_name("diffusion_pytorch_model.safetensors.index.json")
     index.write_text(json.dumps({"weight_map": {"a": shard.name}}))
-    assert open_checkpoint(checkpoint).parts["unet"].files[1:] == (index, shard)
+    assert open_checkpoint(checkpoint).parts["unet"].files == (index, shard)
     index.write_text(json.dumps({"weight_map": {"a": shard.name, "b": "another.safetensors"}}))
     with pytest.raises(CheckpointError, match=r"names weights that are missing: another\.safetensors"):
         open_checkpoint(checkpoint)
@@ -232,7 +251,9 @@ def test_a_checkpoint_may_bring_its_own_guidance_scale(checkpoint: Path) -> None
         ('{"guidance_scale": 51}', "must be a number from 0 to 50"),
         ('{"guidance_scale": "7"}', "must be a number from 0 to 50"),
         ('{"guidance_scale": NaN}', "must be a number from 0 to 50"),
-        ('{"steps": 5}', "only guidance_scale"),
+        ('{"steps": 0}', "sets steps to 0, and it must be a number from 1 to 150"),
+        ('{"steps": 2.5}', "sets steps to 2.5"),
+        ('{"sampler": "lcm"}', "sets sampler, and only guidance_scale and steps can be set there"),
         ("[]", "holds no JSON object"),
     ],
 )

@@ -26,12 +26,14 @@ from tritonclient.grpc import model_config_pb2
 from diffuserve.manifest import Deployment, Manifest, Range
 from diffuserve.spec import FAMILIES
 from diffuserve_export import ExportOptions, OptionError, assembly, export_checkpoint
-from diffuserve_export.checkpoint import Checkpoint, Part, open_checkpoint
+from diffuserve_export.checkpoint import Checkpoint, FolderWeights, Part
 from diffuserve_export.modules import module_of
 from diffuserve_export.ports import row_range, size_range
 from diffuserve_export.report import Report
+from diffuserve_export.sources import open_checkpoint
 from diffuserve_export.workspace import SUMS_FILE, Workspace, locked_workspace
-from unit.export.conftest import TOKENIZER, Exported, Recorder
+from unit.export.conftest import Exported, Recorder
+from unit.export.pipelines import TOKENIZER
 
 
 def options(checkpoint: Path, out: Path, **more: Any) -> ExportOptions:
@@ -124,13 +126,24 @@ def test_tokens_are_those_of_cliptokenizer(exported: Exported) -> None:
 
 def shapes_like(sample_size: int, vae_levels: int, unet_levels: int) -> Checkpoint:
     def part(name: str, config: dict[str, Any]) -> Part:
-        return Part(name, config, None, (), 0)
+        return Part(name, "", config, None, (), 0)
 
     parts = {
         "unet": part("unet", {"sample_size": sample_size, "block_out_channels": [8] * unet_levels}),
         "vae": part("vae", {"block_out_channels": [8] * vae_levels}),
     }
-    return Checkpoint(Path("x"), FAMILIES["sd15"], parts, {}, guidance_scale=7.5)
+    return Checkpoint(
+        label="x",
+        root=Path("x"),
+        family=FAMILIES["sd15"],
+        weights=FolderWeights(),
+        parts=parts,
+        scheduler={},
+        guidance_scale=7.5,
+        steps=20,
+        zero_empty_negative=False,
+        files={},
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,7 +242,7 @@ def test_other_content_replaces_what_has_the_name(
     assert leftovers(deployment) == []
 
 
-STEPS = ("tokenizer_from_checkpoint", "module_of", "onnx_from_component", "verify_onnx", "component_model_from_onnx")
+STEPS = ("tokenizer_from_checkpoint", "graph_from_component", "component_model_from_onnx")
 
 
 @pytest.mark.usefixtures("graphs_from_store")

@@ -13,11 +13,11 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from diffuserve.spec import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_export import ExportOptions, VerificationError, assembly, export_checkpoint
-from diffuserve_export.checkpoint import open_checkpoint
+from diffuserve_export import ExportOptions, VerificationError, export_checkpoint, graphs
 from diffuserve_export.modules import VaeDecoder, VaeEncoder, module_of
 from diffuserve_export.ports import ports_of
-from diffuserve_export.verify import check_shapes, example_inputs, verify_onnx
+from diffuserve_export.sources import open_checkpoint
+from diffuserve_export.verify import check_shapes, example_inputs, reference_outputs, verify_onnx
 from unit.export.conftest import Exported
 
 COMPONENTS = (TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER)
@@ -143,25 +143,26 @@ def test_a_wrong_graph_fails(exported: Exported, tmp_path: Path) -> None:
     feeds = [example_inputs(opened, ports[0], sides) for sides in check_shapes(opened, exported.manifest.size)]
     wrong = spoil(exported.graph(VAE_DECODER), tmp_path / "model.onnx")
     with pytest.raises(VerificationError, match=r"vae_decoder: pixels .* is off by .*, and 1e-04 is allowed"):
-        verify_onnx(wrong, module, VAE_DECODER, ports, feeds, 1e-4)
+        verify_onnx(wrong, VAE_DECODER, ports, feeds, reference_outputs(module, feeds), 1e-4)
 
 
 def test_another_graph_or_none_fails(exported: Exported, tmp_path: Path) -> None:
     opened = open_checkpoint(exported.checkpoint)
     ports = ports_of(opened)[VAE_DECODER]
     with pytest.raises(VerificationError, match="the graph has"):
-        verify_onnx(exported.graph(VAE_ENCODER), torch.nn.Identity(), VAE_DECODER, ports, [], 1e-4)
+        verify_onnx(exported.graph(VAE_ENCODER), VAE_DECODER, ports, [], [], 1e-4)
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(VerificationError, match="cannot run the graph"):
-        verify_onnx(tmp_path / "model.onnx", torch.nn.Identity(), VAE_DECODER, ports, [], 1e-4)
+        verify_onnx(tmp_path / "model.onnx", VAE_DECODER, ports, [], [], 1e-4)
 
 
 def test_not_a_number_fails(exported: Exported) -> None:
     opened = open_checkpoint(exported.checkpoint)
     ports = ports_of(opened)[VAE_DECODER]
-    feed = [torch.full((1, 4, 8, 8), float("nan"))]
+    feeds = [[torch.full((1, 4, 8, 8), float("nan"))]]
+    expected = reference_outputs(module_of(opened, VAE_DECODER), feeds)
     with pytest.raises(VerificationError, match="off by nan"):
-        verify_onnx(exported.graph(VAE_DECODER), module_of(opened, VAE_DECODER), VAE_DECODER, ports, [feed], 1e-4)
+        verify_onnx(exported.graph(VAE_DECODER), VAE_DECODER, ports, feeds, expected, 1e-4)
 
 
 def test_an_export_with_a_wrong_graph_leaves_nothing(
@@ -170,7 +171,7 @@ def test_an_export_with_a_wrong_graph_leaves_nothing(
     def wrong(module: Any, ports: Any, example: Any, path: Path, opset: int) -> Path:
         return spoil(exported.graph(TEXT_ENCODER), path)
 
-    monkeypatch.setattr(assembly, "onnx_from_component", wrong)
+    monkeypatch.setattr(graphs, "onnx_from_component", wrong)
     out = tmp_path / "deployment"
     with pytest.raises(VerificationError):
         export_checkpoint(ExportOptions(checkpoint=str(exported.checkpoint), out=out))
