@@ -26,6 +26,7 @@ _log: Final = logging.getLogger(__name__)
 
 _IDLE_POOLS: Final = 4  # groups whose memory is kept although nothing of them runs
 _TRIAL_AGAIN_S: Final = 0.25
+_LONGEST_TRIAL_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,9 @@ class DenoiseLoop:
 
     def _try(self) -> None:
         trial, started = self._trials[0], self._clock()
+        if self._policy.costs.seconds(trial.group, trial.rows) > _LONGEST_TRIAL_S:
+            del self._trials[0]  # a request that came now would wait for it; what is known says enough
+            return
         try:
             trial.run()
         except DiffuserveError as error:  # most likely Triton is still loading the component
