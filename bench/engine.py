@@ -39,7 +39,7 @@ class Size:
     open_seeds: tuple[int, ...] = (1, 2, 3)
     short_requests: int = 200
     limit_requests: int = 64
-    limit_rounds: int = 5
+    limit_rounds: int = 9
     loop_steps: int = 150
 
 

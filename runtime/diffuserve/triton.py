@@ -19,6 +19,7 @@ import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
 from diffuserve import errors, wire
+from diffuserve.cancellation import CancelWatch
 from diffuserve.components import CallLog, ComponentRunner
 from diffuserve.logs import LogTelemetry, log_as_json
 from diffuserve.manifest import Component, Deployment
@@ -153,8 +154,11 @@ class TritonMetrics:
 class TritonReply:
     """One request's response sender, let go with its last response: Triton cannot unload while one is held."""
 
-    def __init__(self, sender: Any) -> None:
+    def __init__(self, sender: Any, watch: CancelWatch) -> None:
         self._sender: Any = sender
+        self._cancelled = False
+        self._watch = watch
+        watch.add(self)
 
     def send(self, event: Event, *, final: bool) -> None:
         tensors = [pb_utils.Tensor(name, array) for name, array in wire.encode_event(event).items()]
@@ -167,13 +171,18 @@ class TritonReply:
         self._send(response, final=True)
 
     def is_cancelled(self) -> bool:
+        return self._cancelled or self._sender is None
+
+    def ask(self) -> bool:
         sender = self._sender
-        return sender is None or bool(sender.is_cancelled())
+        self._cancelled = sender is None or bool(sender.is_cancelled())
+        return not self._cancelled
 
     def _send(self, response: Any, final: bool) -> None:
         sender = self._sender
         if final:
             self._sender = None
+            self._watch.discard(self)
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
 
@@ -209,6 +218,7 @@ class DiffusionModel:
         runner: ComponentRunner = self._bls
         if log := os.environ.get(CALL_LOG_VARIABLE):
             runner = CallLog(runner, Path(log))
+        self._cancels = CancelWatch()
         self._registry = BackgroundRegistry(TritonMetrics())
         self._telemetry = _telemetry(self._registry, deployment)
         self._service = DiffusionService(
@@ -231,7 +241,7 @@ class DiffusionModel:
             self._accept(request)
 
     def _accept(self, request: Any) -> None:
-        reply = TritonReply(request.get_response_sender())
+        reply = TritonReply(request.get_response_sender(), self._cancels)
         request_id = request.request_id() or uuid.uuid4().hex
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
@@ -254,6 +264,7 @@ class DiffusionModel:
     def finalize(self) -> None:
         self._opening.cancel()
         self._service.close()
+        self._cancels.close()
         self._registry.close()
 
 
