@@ -32,15 +32,8 @@ class BareEngines:
         lanes: dict[str, list[Call]] = {}
         for call in calls:
             lanes.setdefault(call["model"], []).append(call)
-        return self._seconds(list(lanes.values()))
-
-    def one_by_one(self, calls: Sequence[Call]) -> float:
-        """Seconds of all the calls, one after the other in the order in which they began."""
-        return self._seconds([sorted(calls, key=lambda call: float(call["started"]))])
-
-    def _seconds(self, lanes: list[list[Call]]) -> float:
         rng = np.random.default_rng(0)
-        feeds = [[(call["model"], self._inputs(call, rng)) for call in lane] for lane in lanes]
+        feeds = [[(call["model"], self._inputs(call, rng)) for call in lane] for lane in lanes.values()]
 
         def run(lane: list[tuple[str, dict[str, Any]]]) -> None:
             for model, feed in lane:
