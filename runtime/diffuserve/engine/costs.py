@@ -15,7 +15,7 @@ __all__ = ["CALIBRATION_ROWS", "Group", "Medians", "StepCosts"]
 _WINDOW: Final = 9  # measurements of one kind that are remembered; their median is the estimate
 _UNMEASURED_S: Final = 0.1  # one row at 512x512, before anything was measured
 _UNMEASURED_PIXELS: Final = 512 * 512
-_NEWS: Final = 0.05  # a relative change from which decisions are made anew
+_FRESH: Final = 16  # measurements after which decisions are made anew; one by one they only show noise
 _FIXED_SHARE: Final = 0.3  # of a call's time, where one row count only was measured
 CALIBRATION_ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 
@@ -64,15 +64,18 @@ class StepCosts:
         # Of many requests: who comes beside one is chance, and only what is usual is to be learnt.
         self._optimism = Medians(kinds=1, window=41, at_least=8)
         self._efficient: dict[tuple[Group, int, float], int] = {}
+        self._news = 0
 
     def observe(self, group: Group, rows: int, seconds: float) -> None:
         """Remember what a call took."""
-        before = self._medians.get((group, rows))
         self._medians.observe((group, rows), seconds)
         measured = self._rows.get(group, ())
+        self._news += 1
         if rows not in measured:
             self._rows[group] = tuple(sorted((*measured, rows)))
-        if abs(self._medians.get((group, rows)) - before) > _NEWS * before:
+            self._news = _FRESH
+        if self._news >= _FRESH:
+            self._news = 0
             self._efficient.clear()
 
     def seconds(self, group: Group, rows: int) -> float:
