@@ -365,3 +365,19 @@ def test_unmeasured_costs_lie_between_or_beyond_the_measured() -> None:
     for _ in range(9):
         known.observe(GROUPS[0], 8, 0.8)
     assert known.seconds(GROUPS[0], 8) == pytest.approx(0.8)
+
+
+def test_a_machine_that_became_slower_makes_every_estimate_longer_by_half_of_it() -> None:
+    known = costs()
+    before = {rows: known.seconds(GROUPS[0], rows) for rows in (2, 8, 64)}
+    for _ in range(40):
+        known.observe(GROUPS[0], 2, before[2])
+    for _ in range(10):
+        known.observe(GROUPS[0], 2, 1.44 * before[2])
+    assert known.seconds(GROUPS[0], 8) == pytest.approx(1.2 * before[8])
+    assert known.seconds(GROUPS[0], 64) == pytest.approx(1.2 * before[64])
+    for _ in range(100):
+        known.observe(GROUPS[0], 2, 1.44 * before[2])
+    # What lasts is usual for what it was measured on, and others are as they were.
+    assert known.seconds(GROUPS[0], 2) == pytest.approx(1.44 * before[2])
+    assert known.seconds(GROUPS[0], 64) == pytest.approx(before[64])

@@ -13,6 +13,8 @@ import numpy as np
 __all__ = ["CALIBRATION_ROWS", "Group", "Medians", "StepCosts"]
 
 _WINDOW: Final = 9  # measurements of one kind that are remembered; their median is the estimate
+_CALLS_WINDOW: Final = 33  # the same for UNet calls of one row count
+_LATELY: Final = 10  # calls that tell how fast the machine is now
 _UNMEASURED_S: Final = 0.1  # one row at 512x512, before anything was measured
 _UNMEASURED_PIXELS: Final = 512 * 512
 _FRESH: Final = 16  # measurements after which decisions are made anew; one by one they only show noise
@@ -54,11 +56,15 @@ class StepCosts:
     """Seconds of a UNet call by its group and row count.
 
     A row count that was not measured lies on the line between its measured neighbours, or beyond the last two; a
-    group that was not measured is taken from one of the same checkpoint, in proportion to its pixels.
+    group that was not measured is taken from one of the same checkpoint, in proportion to its pixels. All are made
+    longer or shorter by half of what the last calls were slower or faster than estimated (their ratio's square root):
+    machines have faster and slower minutes, and the other half is chance.
     """
 
     def __init__(self) -> None:
-        self._medians = Medians(kinds=4096)
+        self._medians = Medians(kinds=4096, window=_CALLS_WINDOW)
+        self._lately: tuple[float, ...] = ()
+        self._pace = 1.0
         self._rows: dict[Group, tuple[int, ...]] = {}
         self._around_steps = Medians()
         # Of many requests: who comes beside one is chance, and only what is usual is to be learnt.
@@ -68,8 +74,11 @@ class StepCosts:
 
     def observe(self, group: Group, rows: int, seconds: float) -> None:
         """Remember what a call took."""
-        self._medians.observe((group, rows), seconds)
         measured = self._rows.get(group, ())
+        if rows in measured:
+            self._lately = (*self._lately[1 - _LATELY :], seconds / self._usual(group, rows))
+            self._pace = math.sqrt(median(self._lately))
+        self._medians.observe((group, rows), seconds)
         self._news += 1
         if rows not in measured:
             self._rows[group] = tuple(sorted((*measured, rows)))
@@ -80,6 +89,9 @@ class StepCosts:
 
     def seconds(self, group: Group, rows: int) -> float:
         """The estimate for a call of that many rows."""
+        return self._pace * self._usual(group, rows)
+
+    def _usual(self, group: Group, rows: int) -> float:
         measured = self._rows.get(group)
         if not measured:
             return self._from_another_size(group, rows)
@@ -105,7 +117,7 @@ class StepCosts:
         nearest = self._nearest(group)
         if nearest is None:
             return _UNMEASURED_S * rows * group.pixels / _UNMEASURED_PIXELS
-        return self.seconds(nearest, rows) * group.pixels / nearest.pixels
+        return self._usual(nearest, rows) * group.pixels / nearest.pixels
 
     def _nearest(self, group: Group) -> Group | None:
         """The measured size of the same checkpoint that is most like it."""
