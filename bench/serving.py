@@ -62,7 +62,7 @@ def main() -> None:
             calls = server.calls(after=before)
             peer.append(closed_loop(lock, requests, arguments.concurrency))
             bare.append(engines.side_by_side(calls))
-            print(f"round {number + 1}: {len(calls)} engine calls for {sum(one.steps for one in requests)} steps")
+            print(f"round {number + 1}: {len(calls)} engine calls for {sum(one.steps or 0 for one in requests)} steps")
     print(f"\n{arguments.requests} requests, {arguments.concurrency} at once, steps 4, 8, 20 or 50, half unguided:\n")
     print(report(ours, peer, bare, arguments.requests))
 

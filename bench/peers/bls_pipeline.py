@@ -41,7 +41,8 @@ class _Pipeline:
 
     def reply(self, request: GenerateRequest, pixels: Array) -> Any:
         data = _png(self.steps.picture(pixels))
-        event = Event(kind="image", step=request.steps, steps=request.steps, seed=request.seed, data=data, info={})
+        steps = self.steps.steps(request)
+        event = Event(kind="image", step=steps, steps=steps, seed=request.seed, data=data, info={})
         tensors = [pb_utils.Tensor(name, array) for name, array in wire.encode_event(event).items()]
         return pb_utils.InferenceResponse(output_tensors=tensors)
 

@@ -43,9 +43,12 @@ class OneRequest:
         prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
         return np.concatenate([self._tokenizer(prompt).ids.numpy() for prompt in prompts])
 
+    def steps(self, request: GenerateRequest) -> int:
+        return request.steps or self.manifest.steps
+
     def loop(self, request: GenerateRequest, hidden_states: Array) -> Loop:
         """The denoising loop of the request, from its seed's noise."""
-        trajectory = self._compile(request.sampler, request.steps)
+        trajectory = self._compile(request.sampler, self.steps(request))
         side = self.manifest.size.opt // self.manifest.latent_scale
         shape = (1, self.manifest.latent_channels, side, side)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)).numpy()

@@ -17,7 +17,7 @@ class GenerateParameters(TypedDict, total=False):
     checkpoint: str | None
     width: int | None
     height: int | None
-    steps: int
+    steps: int | None
     guidance_scale: float | None
     guidance_rescale: float
     sampler: str | None

@@ -12,9 +12,9 @@ from typing import Final, Protocol
 import torch
 
 from diffuserve.errors import ComponentFailedError
-from diffuserve.manifest import Component
+from diffuserve.manifest import Component, TensorShape
 
-__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "SerialRunner", "cast_inputs", "check_rows"]
+__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "SerialRunner", "blank_inputs", "cast_inputs", "check_rows"]
 
 
 class ComponentRunner(Protocol):
@@ -95,6 +95,15 @@ def cast_inputs(component: Component, inputs: Mapping[str, torch.Tensor]) -> dic
     """Floating-point inputs in the precision that the component's engine takes them in."""
     types = {one.name: _DTYPES.get(one.datatype) for one in component.inputs}
     return {name: tensor if (dtype := types.get(name)) is None else tensor.to(dtype) for name, tensor in inputs.items()}
+
+
+def blank_inputs(component: Component, sides: Mapping[str, int]) -> dict[str, torch.Tensor]:
+    """Zeros for every input of the component, with these lengths of the sides that vary."""
+
+    def shape(one: TensorShape) -> list[int]:
+        return [sides[side] if isinstance(side, str) else side for side in one.shape]
+
+    return {one.name: torch.zeros(shape(one), dtype=_DTYPES[one.datatype]) for one in component.inputs}
 
 
 def check_rows(component: Component, output: torch.Tensor, rows: int) -> torch.Tensor:

@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from diffuserve.checkpoint import ResolvedRequest
 from diffuserve.engine import Demand, Eta, Track
 from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
-from diffuserve.request import Event, EventKind
+from diffuserve.request import Event, EventKind, ResolvedRequest
 from diffuserve.sampling import Trajectory
 
 __all__ = ["Job", "Reply"]
@@ -43,8 +42,6 @@ class Job:
     ) -> None:
         self.resolved, self.trajectory, self.request_id, self.trace = resolved, trajectory, request_id, trace
         request = resolved.request
-        #: What the text encoder reads: a row each.
-        self.prompts = [request.prompt, request.negative_prompt] if resolved.guided else [request.prompt]
         #: Its place before text encoding and VAE decoding: priority, then the shorter one, as in the loop.
         self.urgency = (-request.priority, trajectory.evaluations)
         self.accepted_at = time.monotonic()
@@ -102,7 +99,7 @@ class Job:
             "eta_s": round(self.eta.seconds, 4),
             "prompt_tokens_cut": self.tokens_cut,
         }
-        self._send(self._event("image", index, self.resolved.request.steps, data, info), image=True)
+        self._send(self._event("image", index, self.resolved.steps, data, info), image=True)
 
     def fail(self, error: BaseException) -> None:
         ours = error if isinstance(error, DiffuserveError) else InternalError(f"a bug in the server: {error!r}")
@@ -116,7 +113,7 @@ class Job:
             kind=kind,
             index=index,
             step=step,
-            steps=resolved.request.steps,
+            steps=resolved.steps,
             seed=resolved.seed + index,
             data=data,
             info=info,

@@ -123,14 +123,15 @@ class Manifest:
     def max_rows(self, component: str, width: int, height: int) -> int:
         """The most rows of one call for pictures of that size: an engine's profiles bound them by their pixels."""
         engine = self.components[component].engine
-        return self.rows.max if engine is None else engine.max_rows(self._sides(width, height))
+        return self.rows.max if engine is None else engine.max_rows(self.sides(width, height))
 
     def row_buckets(self, component: str, width: int, height: int) -> tuple[int, ...]:
         """The row counts that calls for pictures of that size should be padded to; empty where any count is as good."""
         engine = self.components[component].engine
-        return () if engine is None else engine.row_buckets(self._sides(width, height))
+        return () if engine is None else engine.row_buckets(self.sides(width, height))
 
-    def _sides(self, width: int, height: int) -> dict[str, int]:
+    def sides(self, width: int, height: int) -> dict[str, int]:
+        """What the sides that have a name in the components' tensors are for pictures of that size in pixels."""
         latent = {"latent_width": width // self.latent_scale, "latent_height": height // self.latent_scale}
         return {"width": width, "height": height, **latent}
 

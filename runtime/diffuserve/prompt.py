@@ -20,10 +20,17 @@ class Prompt:
 
 
 class PromptTokenizer:
-    """Reads a prompt as diffusers does: cut to the text encoder's length, padded as the tokenizer's file says."""
+    """Reads a prompt as diffusers does: cut to the text encoder's length, padded as the tokenizer's file says.
+
+    Raises OSError or ValueError where the file cannot be read.
+    """
 
     def __init__(self, path: Path, token_limit: int) -> None:
-        self._tokenizer = Tokenizer.from_file(str(path))
+        text = path.read_text(encoding="utf-8")
+        try:
+            self._tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises no other kind
+            raise ValueError(f"{path} is no tokenizer: {error}; export again") from error
         self._limit = token_limit
         padding = self._tokenizer.padding
         self._tokenizer.no_padding()

@@ -22,6 +22,7 @@ __all__ = [
     "Event",
     "EventKind",
     "GenerateRequest",
+    "ResolvedRequest",
 ]
 
 MAX_PROMPT_BYTES: Final = 8192
@@ -92,7 +93,7 @@ class GenerateRequest:
     checkpoint: str | None = None
     width: int | None = None
     height: int | None = None
-    steps: int = 20
+    steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
     sampler: str | None = None
@@ -112,12 +113,13 @@ class GenerateRequest:
         _check_text("negative_prompt", self.negative_prompt, MAX_PROMPT_BYTES)
         for name in ("checkpoint", "sampler", "sigma_schedule", "client_tag"):
             _check_text(name, getattr(self, name) or "", MAX_NAME_BYTES)
-        for name in ("steps", "num_images", "seed", "progress_every", "priority", "deadline_ms"):
+        for name in ("num_images", "seed", "progress_every", "priority", "deadline_ms"):
             _check_integer(name, getattr(self, name))
-        for name in ("width", "height"):
+        for name in ("width", "height", "steps"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
-        _check_range("steps", self.steps, 1, 150)
+        if self.steps is not None:
+            _check_range("steps", self.steps, 1, 150)
         if self.guidance_scale is not None:
             _check_range("guidance_scale", self.guidance_scale, 0, 50)
         _check_range("guidance_rescale", self.guidance_rescale, 0, 1)
@@ -145,6 +147,45 @@ class GenerateRequest:
     def parameters(self) -> dict[str, Any]:
         """Every field by its name, as JSON can hold it."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRequest:
+    """A request with nothing left to default: what `info` reports, and what makes the same picture again.
+
+    `rows` is how many rows each of its images has in a UNet call: with guidance 2, the prompt's and the negative
+    prompt's.
+    """
+
+    request: GenerateRequest
+    checkpoint: str
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    sigma_schedule: str | None
+    seed: int
+    rows: int
+
+    @property
+    def eta(self) -> float:
+        return self.request.eta
+
+    def parameters(self, index: int) -> dict[str, object]:
+        """Every parameter that made image `index`."""
+        return {
+            **self.request.parameters(),
+            "checkpoint": self.checkpoint,
+            "width": self.width,
+            "height": self.height,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "sampler": self.sampler,
+            "sigma_schedule": self.sigma_schedule,
+            "seed": self.seed + index,
+            "num_images": 1,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Final
 
 import torch
 
-from diffuserve.checkpoint import Checkpoint, ResolvedRequest
+from diffuserve.checkpoint import Checkpoint
 from diffuserve.components import ComponentRunner, SerialRunner
 from diffuserve.engine import (
     CALIBRATION_ROWS,
@@ -35,9 +35,9 @@ from diffuserve.errors import CancelledError, DiffuserveError, NotFoundError
 from diffuserve.images import encode_image, image_from_pixels
 from diffuserve.job import Job, Reply
 from diffuserve.manifest import Deployment
-from diffuserve.request import GenerateRequest
+from diffuserve.request import GenerateRequest, ResolvedRequest
 from diffuserve.sampling import Trajectory
-from diffuserve.spec import TEXT_ENCODER, UNET
+from diffuserve.spec import UNET
 from diffuserve.telemetry import Telemetry
 from diffuserve.workers import Workers
 
@@ -153,8 +153,7 @@ class DiffusionService:
     @staticmethod
     def _demand(resolved: ResolvedRequest, trajectory: Trajectory) -> Callable[[], Demand]:
         group = Group(resolved.checkpoint, resolved.height, resolved.width)
-        rows = 2 if resolved.guided else 1
-        return lambda: Demand(group, rows, trajectory.evaluations, resolved.request.priority)
+        return lambda: Demand(group, resolved.rows, trajectory.evaluations, resolved.request.priority)
 
     def _ended(self, job: Job, outcome: str) -> None:
         with self._lock:
@@ -181,34 +180,28 @@ class DiffusionService:
             return
         checkpoint = self._checkpoints[batch[0].resolved.checkpoint]
         try:
-            conditioning, read = checkpoint.encode_prompts(
-                [one for job in batch for one in job.prompts], batch[0].trace
-            )
+            told = checkpoint.condition([job.resolved for job in batch], batch[0].trace)
         except Exception as error:
             for job in batch:
                 self._guarded(job, partial(_raise, error))
             return
-        first = 0
-        for job in batch:
-            rows = slice(first, first + len(job.prompts))
-            first = rows.stop
-            told = {name: tensor[rows].clone() for name, tensor in conditioning.items()}
-            job.tokens_cut = read[rows.start].tokens_cut
-            self._guarded(job, partial(self._join, checkpoint, job, told))
+        for job, one in zip(batch, told, strict=True):
+            job.tokens_cut = one.tokens_cut
+            self._guarded(job, partial(self._join, checkpoint, job, one.inputs))
 
     def _take_unprepared(self) -> list[Job]:
-        """The most urgent request and others of its checkpoint, as many as the text encoder takes in one call."""
+        """The most urgent request and others of its checkpoint, as many as the text encoders take in one call."""
         with self._lock:
             if not self._unprepared:
                 return []
             waiting = sorted(self._unprepared, key=lambda job: job.urgency)
             first, rows, taken = waiting[0].resolved, 0, list[Job]()
-            manifest = self._checkpoints[first.checkpoint].manifest
-            most = max(2, manifest.max_rows(TEXT_ENCODER, first.width, first.height))
+            condition = self._checkpoints[first.checkpoint].condition
+            most = max(2, condition.max_texts(first.width, first.height))
             for job in waiting:
-                if job.resolved.checkpoint == first.checkpoint and rows + len(job.prompts) <= most:
+                if job.resolved.checkpoint == first.checkpoint and rows + job.resolved.rows <= most:
                     taken.append(job)
-                    rows += len(job.prompts)
+                    rows += job.resolved.rows
             self._unprepared = [job for job in self._unprepared if job not in taken]
             return taken
 

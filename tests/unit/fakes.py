@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from diffuserve.components import InProcessRunner
 from diffuserve.errors import DiffuserveError
-from diffuserve.manifest import Component, Deployment, Manifest, Range
+from diffuserve.manifest import Component, Deployment, Manifest, Range, TensorShape
 from diffuserve.request import Event
 
 TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "shapes" / "tokenizer" / "tokenizer.json"
@@ -30,11 +31,20 @@ SCHEDULER = {
 Model = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
+UNET_INPUTS = (
+    TensorShape("sample", "FP32", ("rows", 4, "latent_height", "latent_width")),
+    TensorShape("timestep", "FP32", ("rows",)),
+    TensorShape("encoder_hidden_states", "FP32", ("rows", "tokens", 1)),
+)
+
+
 def component(name: str) -> Component:
-    return Component(model=name, inputs=(), outputs=(), sha256="0" * 64, bytes=0)
+    inputs = UNET_INPUTS if name == "unet" else ()
+    return Component(model=name, inputs=inputs, outputs=(), sha256="0" * 64, bytes=0)
 
 
-def write_deployment(root: Path, *names: str, max_rows: int = 64) -> Deployment:
+def write_deployment(root: Path, *names: str, max_rows: int = 64, **values: Any) -> Deployment:
+    """A deployment of fakes. `values` are of their manifests, beside what is usual."""
     deployment = Deployment(root, names)
     for name in names:
         manifest = Manifest(
@@ -53,6 +63,7 @@ def write_deployment(root: Path, *names: str, max_rows: int = 64) -> Deployment:
             scheduler=SCHEDULER,
             components={one: component(one) for one in ("text_encoder", "unet", "vae_decoder", "vae_encoder")},
         )
+        manifest = replace(manifest, **values)
         deployment.folder(name).mkdir(parents=True)
         (deployment.folder(name) / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
         shutil.copy(TOKENIZER, deployment.folder(name) / "tokenizer.json")

@@ -18,6 +18,7 @@ from tritonclient.utils import serialize_byte_tensor
 
 from diffuserve.errors import DiffuserveError
 from diffuserve.request import Event, GenerateRequest
+from diffuserve.spec import DEFAULT_STEPS
 from diffuserve.wire import INPUTS, MODEL_NAME, OUTPUTS, WIRE_VERSION, Array, decode_request, encode_event
 
 Script = Callable[["FakeTriton", GenerateRequest], Iterator[Any]]
@@ -53,13 +54,13 @@ def image(index: int = 0, data: bytes = b"picture", seed: int = 7) -> Event:
     return Event(kind="image", index=index, seed=seed + index, data=data, info={"sampler": "ddim"})
 
 
-def progress(step: int, steps: int) -> Event:
-    return Event(kind="progress", step=step, steps=steps, info={})
+def progress(step: int, steps: int | None) -> Event:
+    return Event(kind="progress", step=step, steps=steps or DEFAULT_STEPS, info={})
 
 
 def answer(_: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
     """A server that does what is asked."""
-    for step in range(1, request.steps + 1):
+    for step in range(1, (request.steps or DEFAULT_STEPS) + 1):
         if request.progress_every and step % request.progress_every == 0:
             yield response(progress(step, request.steps))
     last = request.num_images - 1
