@@ -41,7 +41,7 @@ def run(pool: LatentPool, tracks: list[Track], padding: int = 0) -> list[torch.T
         pool.join(track)
     while not tracks[0].is_done:
         pool.step(tracks, denoise, sum(track.rows for track in tracks) + padding)
-    return [pool.leave(track) for track in tracks]
+    return [pool.leave(track)[0] for track in tracks]
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.3, 1.0])

@@ -69,7 +69,7 @@ class DenoiseLoop:
         self._joining: list[Track] = []
         self._trials = list(trials)
         self._joined = 0
-        self._closed = False
+        self._closed = self._suspending = False
         self._wake = threading.Condition()
         #: UNet calls so far; the number of the next call is one more.
         self.calls = 0
@@ -84,6 +84,15 @@ class DenoiseLoop:
             self._joining.extend(tracks)
             self._wake.notify()
 
+    def suspend(self) -> None:
+        """Let go of every image after the call that is under way, and of those that join later at once.
+
+        Each hears what it has become by `on_suspend`, so that another server can go on with it.
+        """
+        with self._wake:
+            self._suspending = True
+            self._wake.notify()
+
     def close(self) -> None:
         """Stop after the call that is under way; what is left gets an error."""
         with self._wake:
@@ -94,6 +103,8 @@ class DenoiseLoop:
     def _run(self) -> None:
         try:
             while self._wait_for_work():
+                if self._suspending:
+                    self._let_go()
                 if self._active:
                     self._guarded(list(self._active.values()), self._turn)
         except BaseException as error:  # the thread must not end in silence: its clients would wait forever
@@ -143,6 +154,11 @@ class DenoiseLoop:
         else:
             self._policy.costs.observe(trial.group, trial.rows, self._clock() - started)
         del self._trials[0]
+
+    def _let_go(self) -> None:
+        for track in list(self._active.values()):
+            state = self._leave(track)
+            self._guarded([], lambda track=track, state=state: track.on_suspend(*state))  # type: ignore[misc]
 
     def _turn(self) -> None:
         """Let the cancelled and the late leave, choose, step, and let the finished leave."""
@@ -207,15 +223,16 @@ class DenoiseLoop:
         if done > track.steps_done(track.evaluation - 1):
             track.on_step(done)
         if track.is_done:
-            track.on_latents(self._leave(track))
+            track.on_latents(self._leave(track)[0])
 
-    def _leave(self, track: Track) -> torch.Tensor:
+    def _leave(self, track: Track) -> tuple[torch.Tensor, torch.Tensor]:
+        """The track's latents and history; its place is free."""
         del self._active[track.joined]
         pool = self._pools[track.group]
-        latents = pool.leave(track)
+        state = pool.leave(track)
         if pool.is_empty and len(self._pools) > _IDLE_POOLS:
             del self._pools[track.group]
-        return latents
+        return state
 
     def _guarded(self, tracks: Sequence[Track], act: Callable[[], None]) -> None:
         """Do something for some tracks; if it raises, they leave with the error and the loop goes on."""

@@ -65,15 +65,17 @@ class LatentPool:
         slot = self._free.pop()
         self._latents[slot] = track.latents
         self._history[slot] = 0
-        track.slot, track.latents = slot, _MOVED
+        if track.history is not None:
+            self._history[slot, : len(track.history)] = track.history
+        track.slot, track.latents, track.history = slot, _MOVED, None
 
-    def leave(self, track: Track) -> torch.Tensor:
-        """Free the slot; the image's latents [C, h, w]."""
-        latents = self._latents[track.slot].clone()
+    def leave(self, track: Track) -> tuple[torch.Tensor, torch.Tensor]:
+        """Free the slot; the image's latents [C, h, w] and its history [HISTORY, C, h, w]."""
+        latents, history = self._latents[track.slot].clone(), self._history[track.slot].clone()
         self._free.append(track.slot)
         track.slot = -1
         self._batch = None
-        return latents
+        return latents, history
 
     def _grow(self, track: Track) -> None:
         old, self._capacity = self._capacity, max(_FIRST_CAPACITY, 2 * self._capacity)

@@ -28,11 +28,15 @@ class Track:
     conditioning         the UNet's other inputs by name, each [rows, ...]: the prompt's row, then, with guidance, the
                          negative prompt's. `encoder_hidden_states` [rows, tokens, D] is always there
     generator            the source of fresh noise, on the CPU; the one that drew the first latents
+    history              [n, C, h, w] float32, the u of evaluations before the trajectory's first, the newest first:
+                         of an image that was begun elsewhere
+    steps_before         denoising steps that were complete then
     deadline             of the loop's clock, in seconds, or None
     on_start()           when its first UNet call begins
     on_step(done)        whenever a denoising step is complete, with their number
     on_latents(latents)  once, with the final latents [C, h, w] float32
     on_error(error)      once, instead
+    on_suspend(latents, history)    once, instead: what it had become when the loop was told to let go of it
     is_cancelled()       asked before each step
     """
 
@@ -43,12 +47,15 @@ class Track:
     conditioning: Mapping[str, torch.Tensor]
     generator: torch.Generator
     guidance_rescale: float = 0.0
+    history: torch.Tensor | None = None
+    steps_before: int = 0
     priority: int = 0
     tag: str = ""
     deadline: float | None = None
     trace: object | None = None
     on_latents: Callable[[torch.Tensor], None] = _NOTHING
     on_error: Callable[[BaseException], None] = _NOTHING
+    on_suspend: Callable[[torch.Tensor, torch.Tensor], None] = _NOTHING
     on_start: Callable[[], None] = _NOTHING
     on_step: Callable[[int], None] = _NOTHING
     is_cancelled: Callable[[], bool] = lambda: False
@@ -76,7 +83,7 @@ class Track:
 
     def steps_done(self, evaluations: int) -> int:
         """How many denoising steps are complete after that many evaluations."""
-        return int(self.trajectory.steps_done[evaluations - 1]) if evaluations else 0
+        return int(self.trajectory.steps_done[evaluations - 1]) if evaluations else self.steps_before
 
     def candidate(self) -> Candidate:
         """What the policy sees of it."""

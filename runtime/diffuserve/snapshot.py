@@ -1,0 +1,234 @@
+"""A request in the middle of its steps, as bytes that another server can go on from.
+
+    magic, format version | CRC-32 of the rest | HMAC-SHA256 of the rest | safetensors
+
+It holds what the next step needs and nothing else: the rest of the compiled table, each unfinished image's latents and
+the history that the table still uses, how far its noise generator has come, and the hash of the weights. Prompts are
+encoded anew where it is resumed. A snapshot comes back from a client, so it is untrusted until its signature is
+checked, and is parsed within limits after that.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Final
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from diffuserve.errors import InvalidArgumentError
+from diffuserve.request import GenerateRequest, ResolvedRequest
+from diffuserve.sampling import HISTORY, Trajectory
+
+__all__ = ["MAX_SNAPSHOT_BYTES", "ImageState", "Snapshot", "decode_snapshot", "encode_snapshot", "lags_used", "rest_of"]
+
+#: 16 images of 1536 x 1536 pixels with a full history, and room for the table.
+MAX_SNAPSHOT_BYTES: Final = 48 << 20
+
+_MAGIC: Final = b"dfsv"
+_VERSION: Final = 1
+_HEAD: Final = struct.Struct(f">{len(_MAGIC)}sBI32s")
+_MAX_EVALUATIONS: Final = 2 * 150  # Heun and DPM2 take two a step
+_MAX_DRAWS: Final = 16 * _MAX_EVALUATIONS
+_MAX_FACTS_BYTES: Final = 128 << 10  # two prompts of 8 KiB in JSON's escapes, and the rest
+_NUMBERS: Final = ("timestep", "input_scale", "p", "q", "a", "c")
+_COUNTS: Final = ("remember", "draws", "steps_done")
+_MAX_TABLE_BYTES: Final = _MAX_EVALUATIONS * (4 * (len(_NUMBERS) + 1 + HISTORY) + len(_COUNTS))
+_ABOUT_TABLE: Final = ("sampler", "steps", "schedule", "eta", "residual", "initial_scale")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageState:
+    """One image between two UNet evaluations.
+
+    index       its place in the request
+    evaluation  UNet evaluations that it has had
+    steps       denoising steps that are complete
+    draws       how many times [1, C, h, w] of standard noise were drawn from its seed, the first latents included
+    latents     [C, h, w] float32
+    history     [n, C, h, w] float32, the newest first: what later evaluations still read
+    """
+
+    index: int
+    evaluation: int
+    steps: int
+    draws: int
+    latents: torch.Tensor
+    history: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Snapshot:
+    """A request and what is left of it.
+
+    `weights` is the manifest's key. `trajectory` begins at `first`, the evaluation of the image that has had fewest.
+    """
+
+    resolved: ResolvedRequest
+    weights: str
+    trajectory: Trajectory
+    first: int
+    images: tuple[ImageState, ...]
+
+    def cut(self) -> Snapshot:
+        """The same with no more of the table and the histories than is still needed."""
+        first = min(image.evaluation for image in self.images)
+        trajectory = rest_of(self.trajectory, first - self.first)
+        lags = lags_used(trajectory)
+        images = tuple(replace(image, history=image.history[:lags]) for image in self.images)
+        return replace(self, trajectory=trajectory, first=first, images=images)
+
+    def remaining(self, image: ImageState) -> Trajectory:
+        """The table of an image's evaluations that are still to come."""
+        return rest_of(self.trajectory, image.evaluation - self.first)
+
+
+def rest_of(trajectory: Trajectory, first: int) -> Trajectory:
+    """The table from evaluation `first` on."""
+    return replace(trajectory, **{name: getattr(trajectory, name)[first:] for name in (*_NUMBERS, "b", *_COUNTS)})
+
+
+def lags_used(trajectory: Trajectory) -> int:
+    """How many of the u from before its first evaluation the table reads."""
+    used, remembered = 0, 0
+    for evaluation in range(trajectory.evaluations):
+        lags = np.flatnonzero(trajectory.b[evaluation, 1:]) + 1
+        if len(lags):
+            used = max(used, int(lags[-1]) - remembered)
+        remembered += bool(trajectory.remember[evaluation])
+    return used
+
+
+def encode_snapshot(snapshot: Snapshot, key: bytes) -> bytes:
+    """The bytes, signed with `key`. Beside the latents they take less than 16 kB, long prompts aside."""
+    tensors = {"facts": _packed(_facts(snapshot)), "table": _packed(_table_bytes(snapshot.trajectory))}
+    for image in snapshot.images:
+        tensors[f"latents.{image.index}"] = image.latents.cpu().contiguous()
+        tensors[f"history.{image.index}"] = image.history.cpu().contiguous()
+    body: bytes = safetensors.torch.save(tensors)
+    return _HEAD.pack(_MAGIC, _VERSION, zlib.crc32(body), _signature(body, key)) + body
+
+
+def decode_snapshot(data: bytes, key: bytes) -> Snapshot:
+    """Read what `encode_snapshot` wrote; base64 of it is taken too, as JSON brings it.
+
+    Raises InvalidArgumentError for bytes that are no snapshot, are damaged, or were signed with another key.
+    """
+    body = _checked_body(data, key)
+    try:
+        tensors = safetensors.torch.load(body)
+        return _snapshot(json.loads(_unpacked(tensors["facts"], _MAX_FACTS_BYTES)), tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError, zlib.error) as error:
+        # A server with this key signed it, so it is of another release rather than forged.
+        raise _refused(f"the snapshot cannot be read ({error!r}); resume it on a server of its release") from error
+
+
+def _packed(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(zlib.compress(content, 9)), dtype=torch.uint8)
+
+
+def _unpacked(tensor: torch.Tensor, limit: int) -> bytes:
+    unpacker = zlib.decompressobj()
+    content = unpacker.decompress(tensor.numpy().tobytes(), limit)
+    if unpacker.unconsumed_tail or not unpacker.eof:
+        raise ValueError(f"more than {limit} bytes are packed in it")
+    return content
+
+
+def _facts(snapshot: Snapshot) -> bytes:
+    resolved = {one.name: getattr(snapshot.resolved, one.name) for one in fields(snapshot.resolved)}
+    facts = {
+        "resolved": {**resolved, "request": asdict(snapshot.resolved.request)},
+        "weights": snapshot.weights,
+        "table": {name: getattr(snapshot.trajectory, name) for name in _ABOUT_TABLE},
+        "first": snapshot.first,
+        "images": [[one.index, one.evaluation, one.steps, one.draws] for one in snapshot.images],
+    }
+    return json.dumps(facts).encode()
+
+
+def _table_bytes(table: Trajectory) -> bytes:
+    """Column after column: float32, as the loop takes the numbers, and bytes for the counts."""
+    numbers = [*(getattr(table, name) for name in _NUMBERS), *table.b.T]
+    columns = [np.asarray(column, dtype="<f4").tobytes() for column in numbers]
+    return b"".join([*columns, *(np.asarray(getattr(table, name), dtype=np.uint8).tobytes() for name in _COUNTS)])
+
+
+def _table(content: bytes, about: Mapping[str, Any]) -> Trajectory:
+    columns = len(_NUMBERS) + 1 + HISTORY
+    evaluations, left = divmod(len(content), 4 * columns + len(_COUNTS))
+    if left or not evaluations:
+        raise ValueError(f"its table has {len(content)} bytes")
+    split = 4 * columns * evaluations
+    numbers = np.frombuffer(content[:split], dtype="<f4").reshape(columns, evaluations).astype(np.float64)
+    if not np.isfinite(numbers).all():
+        raise ValueError("its table holds numbers that are not finite")
+    counts = dict(zip(_COUNTS, np.frombuffer(content[split:], dtype=np.uint8).reshape(-1, evaluations), strict=True))
+    return Trajectory(
+        **{name: about[name] for name in _ABOUT_TABLE},
+        **dict(zip(_NUMBERS, numbers, strict=False)),
+        b=numbers[len(_NUMBERS) :].T.copy(),
+        remember=counts["remember"].astype(np.bool_),
+        draws=counts["draws"].astype(np.int64),
+        steps_done=counts["steps_done"].astype(np.int64),
+    )
+
+
+def _snapshot(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Snapshot:
+    resolved = ResolvedRequest(**{**facts["resolved"], "request": GenerateRequest(**facts["resolved"]["request"])})
+    table = _table(_unpacked(tensors["table"], _MAX_TABLE_BYTES), facts["table"])
+    first, images = int(facts["first"]), []
+    for index, evaluation, steps, draws in facts["images"]:
+        latents, history = tensors[f"latents.{index}"], tensors[f"history.{index}"]
+        if not 0 <= index < resolved.request.num_images or not 0 <= evaluation - first < table.evaluations:
+            raise ValueError(f"its image {index} is at evaluation {evaluation} of {first + table.evaluations}")
+        if not 0 <= draws <= _MAX_DRAWS or latents.ndim != 3 or history.shape[1:] != latents.shape:
+            raise ValueError(f"its image {index} has latents of shape {list(latents.shape)} after {draws} draws")
+        if len(history) > HISTORY or any(one.dtype != torch.float32 for one in (latents, history)):
+            raise ValueError(f"its image {index} has a history of {len(history)}, and {HISTORY} are kept in float32")
+        images.append(ImageState(index, evaluation, steps, draws, latents, history))
+    if not images or len({one.index for one in images}) < len(images):
+        raise ValueError("it holds no image, or one twice")
+    return Snapshot(
+        resolved=resolved, weights=str(facts["weights"]), trajectory=table, first=first, images=tuple(images)
+    )
+
+
+def _checked_body(data: bytes, key: bytes) -> bytes:
+    if not data.startswith(_MAGIC):
+        try:
+            data = base64.b64decode(data, validate=True)
+        except binascii.Error:
+            data = b""
+    if len(data) <= _HEAD.size or not data.startswith(_MAGIC):
+        raise _refused("resume holds no snapshot; give the data of a snapshot event as it came")
+    if len(data) > MAX_SNAPSHOT_BYTES:
+        raise _refused(f"the snapshot has {len(data)} bytes, and at most {MAX_SNAPSHOT_BYTES} are taken")
+    _, version, checksum, signature = _HEAD.unpack_from(data)
+    body = data[_HEAD.size :]
+    if version != _VERSION:
+        raise _refused(
+            f"the snapshot's format is {version}, and {_VERSION} is read; resume it on a server of its release"
+        )
+    if zlib.crc32(body) != checksum:
+        raise _refused("the snapshot is damaged: its checksum does not fit; give the event's data as it came")
+    if not hmac.compare_digest(_signature(body, key), signature):
+        raise _refused("the snapshot was signed with another key; servers that hand over to each other need the same")
+    return body
+
+
+def _signature(body: bytes, key: bytes) -> bytes:
+    return hmac.digest(key, _MAGIC + bytes([_VERSION]) + body, "sha256")
+
+
+def _refused(message: str) -> InvalidArgumentError:
+    return InvalidArgumentError(message, input="resume")
