@@ -6,6 +6,7 @@ wanders by a fifth within seconds allow no other comparison of two things that d
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -18,20 +19,33 @@ __all__ = ["TwiceModel"]
 
 
 class TwiceModel(OnnxComponentModel):
-    """Writes a line for each call into `twice.jsonl`: when its second run began (monotonic clock), and its seconds."""
+    """Writes a line for each call into `twice.jsonl`: when it began (monotonic clock), seconds of its first run and of
+    its second.
+
+    All models of a deployment take turns: one engine computes at a time, so that the calls one after another are what
+    the wall time is compared with.
+    """
 
     def initialize(self, args: Mapping[str, str]) -> None:
         super().initialize(args)
-        self.session = _Twice(self.session, Path(args["model_repository"]) / "twice.jsonl")
+        self.session = _Twice(self.session, Path(args["model_repository"]))
 
 
 class _Twice:
-    def __init__(self, session: Any, file: Path) -> None:
-        self._session, self._file = session, file.open("w", encoding="utf-8", buffering=1)
+    def __init__(self, session: Any, folder: Path) -> None:
+        self._session = session
+        self._file = (folder / "twice.jsonl").open("w", encoding="utf-8", buffering=1)
+        self._turn = (folder.parent / "turn.lock").open("w")
 
     def run(self, names: Sequence[str], feed: Mapping[str, Any]) -> Any:
-        outputs = self._session.run(names, feed)
-        started = time.monotonic()
-        self._session.run(names, feed)
-        self._file.write(json.dumps([started, time.monotonic() - started]) + "\n")
+        fcntl.flock(self._turn, fcntl.LOCK_EX)
+        try:
+            began = time.monotonic()
+            outputs = self._session.run(names, feed)
+            again = time.monotonic()
+            self._session.run(names, feed)
+            ended = time.monotonic()
+        finally:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
+        self._file.write(json.dumps([began, again - began, ended - again]) + "\n")
         return outputs

@@ -14,7 +14,7 @@ import torch
 from diffuserve.errors import ComponentFailedError
 from diffuserve.manifest import Component, TensorShape
 
-__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "SerialRunner", "blank_inputs", "cast_inputs", "check_rows"]
+__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "blank_inputs", "cast_inputs", "check_rows"]
 
 
 class ComponentRunner(Protocol):
@@ -73,19 +73,6 @@ class CallLog:
         with self._lock:
             self._file.write(json.dumps(line) + "\n")
         return outputs
-
-
-class SerialRunner:
-    """A runner that makes one call of another at a time: for measuring what overlap brings."""
-
-    def __init__(self, runner: ComponentRunner) -> None:
-        self._runner, self._lock = runner, threading.Lock()
-
-    def run(
-        self, component: Component, inputs: Mapping[str, torch.Tensor], *, trace: object | None = None
-    ) -> dict[str, torch.Tensor]:
-        with self._lock:
-            return self._runner.run(component, inputs, trace=trace)
 
 
 _DTYPES: Final = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}

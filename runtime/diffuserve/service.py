@@ -19,7 +19,7 @@ from typing import Final
 import torch
 
 from diffuserve.checkpoint import Checkpoint
-from diffuserve.components import ComponentRunner, SerialRunner
+from diffuserve.components import ComponentRunner
 from diffuserve.engine import (
     CALIBRATION_ROWS,
     Demand,
@@ -55,7 +55,6 @@ class DiffusionService:
     policy      what decides; without one, a StepPolicy with the manifests' row limits and `target_step`
     target_step seconds that a UNet call should not exceed, or None
     calibrate   measure the UNets' costs whenever the loop is idle, until they are known
-    overlap     whether engines may run at the same time
     device      where latents live: the engines' own
     """
 
@@ -67,11 +66,9 @@ class DiffusionService:
         policy: StepPolicy | None = None,
         telemetry: Telemetry | None = None,
         calibrate: bool = False,
-        overlap: bool = True,
         device: torch.device | None = None,
         target_step: float | None = None,
     ) -> None:
-        runner = runner if overlap else SerialRunner(runner)
         self._telemetry = telemetry or Telemetry()
         self._checkpoints = {name: Checkpoint(deployment, name, runner) for name in deployment.checkpoints}
         self._default = deployment.checkpoints[0]

@@ -33,7 +33,6 @@ __all__ = [
     "CALL_LOG_VARIABLE",
     "DEPLOYMENT_VARIABLE",
     "LOG_LEVEL_VARIABLE",
-    "OVERLAP_VARIABLE",
     "TARGET_STEP_VARIABLE",
     "DiffusionModel",
 ]
@@ -41,7 +40,6 @@ __all__ = [
 DEPLOYMENT_VARIABLE: Final = "DIFFUSERVE_DEPLOYMENT"
 CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each component call to, for benches
 LOG_LEVEL_VARIABLE: Final = "DIFFUSERVE_LOG_LEVEL"
-OVERLAP_VARIABLE: Final = "DIFFUSERVE_OVERLAP"  # 0 makes one component call at a time, for benches
 TARGET_STEP_VARIABLE: Final = "DIFFUSERVE_TARGET_STEP_MS"  # what a UNet call should not exceed
 
 _OPENING_SECONDS: Final = 2.0
@@ -226,7 +224,6 @@ class DiffusionModel:
             runner,
             telemetry=self._telemetry,
             calibrate=True,
-            overlap=os.environ.get(OVERLAP_VARIABLE) != "0",
             target_step=_milliseconds(TARGET_STEP_VARIABLE),
             device=device,
         )
