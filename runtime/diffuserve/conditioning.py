@@ -5,8 +5,9 @@ No family is named here: the manifest has which inputs there are, and what they 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ __all__ = ["Conditioned", "Conditioner", "embedded_guidance"]
 _TEXT_EMBEDS: Final = "text_embeds"
 _TIME_IDS: Final = "time_ids"
 _GUIDANCE: Final = "timestep_cond"
+_RECENT_BYTES: Final = 64 << 20  # of each text encoder: 270 prompts of SD1.5's
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,40 @@ class Conditioned:
     tokens_cut: int
 
 
+_Ids = tuple[int, ...]
+_Row = dict[str, torch.Tensor]
+
+
+class _Recent:
+    """The encodings of the texts that were asked for last: prompts are tried with many seeds, and negative prompts are
+    shared by many requests.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity, self._bytes = capacity, 0
+        self._rows: dict[_Ids, _Row] = {}
+
+    def of(self, wanted: Sequence[_Ids], encode: Callable[[Sequence[_Ids]], list[_Row]]) -> dict[_Ids, _Row]:
+        """The rows of the texts, each encoded once, in one call and only where it is not here."""
+        found = {ids: row for ids in dict.fromkeys(wanted) if (row := self._rows.pop(ids, None)) is not None}
+        missing = [ids for ids in dict.fromkeys(wanted) if ids not in found]
+        new = dict(zip(missing, encode(missing), strict=True)) if missing else {}
+        self._rows |= found | new  # the newest last
+        self._bytes += sum(map(_bytes_of, new.values()))
+        while self._bytes > self._capacity:
+            self._bytes -= _bytes_of(self._rows.pop(next(iter(self._rows))))
+        return found | new
+
+
+def _bytes_of(row: _Row) -> int:
+    return sum(tensor.nbytes for tensor in row.values())
+
+
 @dataclass(frozen=True, slots=True)
 class _Encoder:
     component: Component
     tokenizer: PromptTokenizer
+    recent: _Recent
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +95,9 @@ class Conditioner:
         _check_inputs(manifest)
         self._encoders = {
             one.component: _Encoder(
-                manifest.components[one.component], PromptTokenizer(folder / one.tokenizer, manifest.token_limit)
+                manifest.components[one.component],
+                PromptTokenizer(folder / one.tokenizer, manifest.token_limit),
+                _Recent(_RECENT_BYTES),
             )
             for one in self._how.encoders
         }
@@ -96,21 +130,28 @@ class Conditioner:
         return [request.request.prompt, None if no_text else negative][: request.rows]
 
     def _encode(self, name: str, texts: Sequence[str | None], trace: object | None) -> _Encoded:
-        encoder, rows = self._encoders[name], dict[tuple[int, ...], int]()
+        encoder = self._encoders[name]
         read = [None if text is None else encoder.tokenizer(text) for text in texts]
-        # Each text once: many requests share their negative prompt. -1 is the last row, which is made of zeros.
-        row_of = [-1 if one is None else rows.setdefault(tuple(one.ids[0].tolist()), len(rows)) for one in read]
-        ids = torch.tensor(list(rows), dtype=torch.int32)
-        outputs = self._runner.run(encoder.component, {"input_ids": ids}, trace=trace)
+        ids = [None if one is None else tuple(one.ids[0].tolist()) for one in read]
+        rows = encoder.recent.of([one for one in ids if one is not None], partial(self._run, name, trace))
+        wanted = next(iter(rows.values()))  # a prompt is always encoded
+        outputs = {
+            output: torch.stack([torch.zeros_like(row) if one is None else rows[one][output] for one in ids])
+            for output, row in wanted.items()
+        }
+        return _Encoded(outputs, [0 if one is None else one.tokens_cut for one in read])
 
-        def of_texts(output: torch.Tensor) -> torch.Tensor:
-            # The rows are copied: they are kept for as long as the request runs, and the component's memory is lent.
-            encodings = check_rows(encoder.component, output, len(rows)).to(torch.float32)
-            return torch.cat([encodings, torch.zeros_like(encodings[:1])])[row_of]
-
+    def _run(self, name: str, trace: object | None, ids: Sequence[_Ids]) -> list[_Row]:
+        """An encoder's outputs for each of `ids`, float32 without the row's dimension."""
+        component = self._encoders[name].component
+        outputs = self._runner.run(component, {"input_ids": torch.tensor(ids, dtype=torch.int32)}, trace=trace)
         wanted = ("hidden_states", "pooled") if name == self._how.text_embeds else ("hidden_states",)
-        cut = [0 if one is None else one.tokens_cut for one in read]
-        return _Encoded({output: of_texts(outputs[output]) for output in wanted}, cut)
+        of_texts = {one: check_rows(component, outputs[one], len(ids)) for one in wanted}
+        # Copies, each on its own: rows are kept, and the component's memory is lent.
+        return [
+            {one: tensor[row].to(torch.float32, copy=True) for one, tensor in of_texts.items()}
+            for row in range(len(ids))
+        ]
 
     def _further(self, request: ResolvedRequest) -> Iterator[tuple[str, torch.Tensor]]:
         """The inputs that no text has a part in: one row [1, ...] float32 for all of the request's."""

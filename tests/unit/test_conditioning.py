@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
 
+from diffuserve import conditioning
 from diffuserve.checkpoint import Checkpoint
 from diffuserve.components import InProcessRunner, cast_inputs
 from diffuserve.conditioning import embedded_guidance
@@ -154,6 +155,31 @@ def test_each_text_is_encoded_once_for_all_requests(tmp_path: Path, models: Mode
     # A request holds its own rows and no one else's.
     hidden = together[0].inputs["encoder_hidden_states"]
     assert hidden.untyped_storage().nbytes() == hidden.numel() * 4
+
+
+def test_texts_that_came_lately_are_not_encoded_again(
+    tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditioning, "_RECENT_BYTES", 3 * 77 * 4)  # three texts of the first encoder's single channel
+    checkpoint = models.checkpoint(tmp_path, replace(LARGE, zero_empty_negative=False), TEXT_EMBEDS, TIME_IDS)
+
+    def texts_read(*asked: GenerateRequest) -> int:
+        before = len(models.read["text_encoder"])
+        checkpoint.condition([checkpoint.resolve(one) for one in asked])
+        return sum(map(len, models.read["text_encoder"][before:]))
+
+    assert texts_read(ask("red", negative_prompt="blue")) == 2
+    assert texts_read(ask("red", negative_prompt="blue"), ask("green", negative_prompt="blue")) == 1
+    assert texts_read(ask("blue", guidance_scale=1.0)) == 0
+    # Of red, green and blue, red was asked for longest ago.
+    assert texts_read(ask("black", guidance_scale=1.0)) == 1
+    assert texts_read(ask("green", negative_prompt="blue")) == 0
+    assert texts_read(ask("red", guidance_scale=1.0)) == 1
+    assert sum(recent._bytes for recent in _recents(checkpoint)) <= 2 * 3 * 77 * 4
+
+
+def _recents(checkpoint: Checkpoint) -> list[Any]:
+    return [encoder.recent for encoder in checkpoint.condition._encoders.values()]
 
 
 def test_cut_tokens_are_the_prompts(tmp_path: Path, models: Models) -> None:
