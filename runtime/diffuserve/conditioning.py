@@ -54,9 +54,11 @@ class _Recent:
 
     def of(self, wanted: Sequence[_Ids], encode: Callable[[Sequence[_Ids]], list[_Row]]) -> dict[_Ids, _Row]:
         """The rows of the texts, each encoded once, in one call and only where it is not here."""
-        found = {ids: row for ids in dict.fromkeys(wanted) if (row := self._rows.pop(ids, None)) is not None}
-        missing = [ids for ids in dict.fromkeys(wanted) if ids not in found]
+        texts = list(dict.fromkeys(wanted))
+        missing = [ids for ids in texts if ids not in self._rows]
         new = dict(zip(missing, encode(missing), strict=True)) if missing else {}
+        # Taken out only now: where encoding failed, what was here stays.
+        found = {ids: self._rows.pop(ids) for ids in texts if ids not in new}
         self._rows |= found | new  # the newest last
         self._bytes += sum(map(_bytes_of, new.values()))
         while self._bytes > self._capacity:

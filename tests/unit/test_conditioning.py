@@ -178,6 +178,30 @@ def test_texts_that_came_lately_are_not_encoded_again(
     assert sum(recent._bytes for recent in _recents(checkpoint)) <= 2 * 3 * 77 * 4
 
 
+def test_an_encoder_that_fails_loses_nothing(tmp_path: Path, models: Models) -> None:
+    checkpoint = models.checkpoint(tmp_path, LARGE, TEXT_EMBEDS, TIME_IDS)
+    before = checkpoint.condition([checkpoint.resolve(ask("red"))])[0].inputs
+    kept = [_size(recent) for recent in _recents(checkpoint)]
+
+    def fail(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        raise RuntimeError("out of memory")
+
+    working = checkpoint.condition._runner
+    checkpoint.condition._runner = InProcessRunner({"text_encoder": fail, "text_encoder_2": fail})
+    with pytest.raises(ComponentFailedError, match="out of memory"):
+        checkpoint.condition([checkpoint.resolve(ask("red", negative_prompt="blue"))])
+    assert [_size(recent) for recent in _recents(checkpoint)] == kept
+    again = checkpoint.condition([checkpoint.resolve(ask("red"))])[0].inputs
+    assert all(torch.equal(again[name], one) for name, one in before.items())
+    checkpoint.condition._runner = working
+    checkpoint.condition([checkpoint.resolve(ask("red", negative_prompt="blue"))])
+    assert [len(calls[-1]) for calls in models.read.values()] == [1, 1]
+
+
+def _size(recent: Any) -> tuple[int, int]:
+    return len(recent._rows), recent._bytes
+
+
 def _recents(checkpoint: Checkpoint) -> list[Any]:
     return [encoder.recent for encoder in checkpoint.condition._encoders.values()]
 
