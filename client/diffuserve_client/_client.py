@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
-from diffuserve.errors import InvalidArgumentError
+from diffuserve.errors import DrainingError, InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
-from diffuserve_client._parameters import GenerateParameters, request_from
+from diffuserve_client._parameters import GenerateParameters, ResumeParameters, request_from
 from diffuserve_client._results import GenerateResult, result_from
 from diffuserve_client._timeout import Timeout
 
@@ -60,14 +60,40 @@ class Client:
         `on_progress` is called in this thread with each progress event: of every step, unless `progress_every` says
         otherwise. Where it raises, and on Ctrl-C, the request is cancelled on the server.
 
-        Raises DiffuserveError; among them ConnectionFailedError, DeadlineError, InvalidArgumentError.
+        Raises DiffuserveError; among them ConnectionFailedError, DeadlineError, InvalidArgumentError. A DrainingError
+        whose detail has a `snapshot` tells of a server that was shut down meanwhile: `resume` goes on from it, and
+        the pictures that were done by then are its detail `images`.
         """
-        request = request_from(prompt, parameters, wants_progress=on_progress is not None)
+        return self._wait(request_from(prompt, parameters, wants_progress=on_progress is not None), on_progress)
+
+    def resume(
+        self,
+        snapshot: bytes,
+        *,
+        on_progress: Callable[[Event], None] | None = None,
+        **parameters: Unpack[ResumeParameters],
+    ) -> GenerateResult:
+        """Go on with a request that another server, which was shut down, ended with a snapshot.
+
+        The pictures that were left are made as they would have been there. Raises what `generate` raises;
+        InvalidArgumentError for a snapshot of another export, of another release, or signed with another key.
+        """
+        request = GenerateRequest(prompt="", resume=snapshot, **parameters)
+        return self._wait(request_from(request, {}, wants_progress=on_progress is not None), on_progress)
+
+    def _wait(self, request: GenerateRequest, on_progress: Callable[[Event], None] | None) -> GenerateResult:
         images = []
         with closing(self.stream(request)) as events:
             for event in events:
                 if event.kind == "image":
                     images.append(event)
+                elif event.kind == "snapshot":
+                    raise DrainingError(
+                        f"the server at {self.url} was shut down before all pictures were done; go on elsewhere with "
+                        "Client.resume and this error's detail `snapshot`",
+                        snapshot=event.data,
+                        images=result_from(request, images).images,
+                    )
                 elif on_progress is not None and event.kind == "progress":
                     on_progress(event)
         return result_from(request, images)

@@ -23,7 +23,7 @@ from diffuserve.errors import (
     UnavailableError,
     from_wire,
 )
-from diffuserve.request import Event, GenerateRequest
+from diffuserve.request import MAX_IMAGES, Event, GenerateRequest
 from diffuserve.wire import INPUTS, MODEL_NAME, OUTPUTS, WIRE_VERSION, decode_event, encode_request
 from diffuserve_client._errors import ConnectionFailedError
 from diffuserve_client._timeout import Timeout
@@ -58,6 +58,9 @@ class Exchange:
         self._url = url
         self._timeout = timeout
         self._images: set[int] = set()
+        # How many pictures a resumed request still has is in its snapshot, which only servers can read.
+        self._expected = None if request.resume else request.num_images
+        self._handed_over = False
 
     def message(self) -> Any:
         """The ModelInferRequest to send. Raises InvalidArgumentError for numbers that the wire cannot hold."""
@@ -107,25 +110,27 @@ class Exchange:
         result = InferResult(infer)
         tensors = {spec.name: result.as_numpy(spec.name) for spec in OUTPUTS}
         event = decode_event({name: array for name, array in tensors.items() if array is not None})
-        if event.kind != "image":
-            return event
-        if event.index in self._images or not 0 <= event.index < self._request.num_images:
-            raise InternalError(f"the server sent an image {event.index} that was not to come, {self._progress()}")
-        self._images.add(event.index)
-        if self._request.image_encoding == "base64":
+        if event.kind == "snapshot":
+            self._handed_over = True
+        elif event.kind == "image":
+            if event.index in self._images or not 0 <= event.index < (self._expected or MAX_IMAGES):
+                raise InternalError(f"the server sent an image {event.index} that was not to come, {self._progress()}")
+            self._images.add(event.index)
+        if event.data and self._request.image_encoding == "base64":
             try:
                 return replace(event, data=base64.b64decode(event.data, validate=True))
             except binascii.Error as error:
-                raise InternalError(f"the server's image {event.index} is not base64: {error}") from error
+                raise InternalError(f"the server's {event.kind} {event.index} is not base64: {error}") from error
         return event
 
     def _finish(self) -> None:
-        if len(self._images) < self._request.num_images:
+        if not self._handed_over and len(self._images) < (self._expected or 1):
             raise InternalError(f"the server called the request done, {self._progress()}; its log may say why")
         self.finished = True
 
     def _progress(self) -> str:
-        return f"{len(self._images)} of {self._request.num_images} images received"
+        of_all = f" of {self._expected}" if self._expected else ""
+        return f"{len(self._images)}{of_all} images received"
 
     def _server_error(self, text: str) -> DiffuserveError:
         error = from_wire(text)

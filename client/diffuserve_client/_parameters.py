@@ -7,11 +7,22 @@ from typing import TypedDict
 
 from diffuserve.request import GenerateRequest
 
-__all__ = ["GenerateParameters", "request_from"]
+__all__ = ["GenerateParameters", "ResumeParameters", "request_from"]
 
 
-class GenerateParameters(TypedDict, total=False):
-    """GenerateRequest's fields but the prompt, for type checkers; a test holds the two together."""
+class ResumeParameters(TypedDict, total=False):
+    """What may be said beside a snapshot."""
+
+    progress_every: int
+    heartbeat_ms: int
+    image_encoding: str
+    priority: int
+    deadline_ms: int
+    client_tag: str
+
+
+class GenerateParameters(ResumeParameters, total=False):
+    """GenerateRequest's fields but the prompt and `resume`, for type checkers; a test holds the two together."""
 
     negative_prompt: str
     checkpoint: str | None
@@ -25,12 +36,7 @@ class GenerateParameters(TypedDict, total=False):
     eta: float
     seed: int
     num_images: int
-    progress_every: int
     image_format: str
-    image_encoding: str
-    priority: int
-    deadline_ms: int
-    client_tag: str
 
 
 def request_from(

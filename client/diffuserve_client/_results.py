@@ -78,7 +78,11 @@ def result_from(request: GenerateRequest, events: Iterable[Event]) -> GenerateRe
     """The result that a request's image events make, in whatever order they came."""
     images = (
         GeneratedImage(
-            index=event.index, seed=event.seed, format=request.image_format, data=event.data, info=event.info
+            index=event.index,
+            seed=event.seed,
+            format=event.info.get("image_format", request.image_format),
+            data=event.data,
+            info=event.info,
         )
         for event in events
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -12,10 +12,11 @@ import torch
 from diffuserve.components import ComponentRunner, blank_inputs, cast_inputs, check_rows
 from diffuserve.conditioning import Conditioner
 from diffuserve.engine import Group
-from diffuserve.errors import UnsupportedError
+from diffuserve.errors import InvalidArgumentError, UnsupportedError
 from diffuserve.manifest import Deployment, Manifest
 from diffuserve.request import RANDOM_SEED, GenerateRequest, ResolvedRequest
 from diffuserve.sampling import Trajectory, TrajectoryCompiler
+from diffuserve.snapshot import ImageState
 from diffuserve.spec import LATENTS, PIXELS, SAMPLE_LATENTS, UNET, VAE_DECODER
 
 __all__ = ["Checkpoint"]
@@ -76,11 +77,26 @@ class Checkpoint:
         """The table of the request's sampler. Raises CompileError where there is none at these steps."""
         return self._compile(resolved.sampler, resolved.steps, resolved.sigma_schedule, resolved.eta)
 
-    def first_latents(self, resolved: ResolvedRequest, generator: torch.Generator, scale: float) -> torch.Tensor:
-        """Seeded noise [C, h, w] float32, drawn on the CPU as diffusers draws it, times the sampler's first scale."""
+    def noise(self, resolved: ResolvedRequest, generator: torch.Generator) -> torch.Tensor:
+        """Standard noise [C, h, w] float32 of the picture's size, drawn on the CPU as diffusers draws it."""
+        return torch.randn((1, *self._latent_shape(resolved)), generator=generator, dtype=torch.float32)[0]
+
+    def check_states(self, resolved: ResolvedRequest, images: Sequence[ImageState]) -> None:
+        """Raise InvalidArgumentError where images that were begun elsewhere have other latents than this one's."""
+        self.manifest.size.check("width", resolved.width)
+        self.manifest.size.check("height", resolved.height)
+        shape = self._latent_shape(resolved)
+        for image in images:
+            if image.draws and tuple(image.latents.shape) != shape:
+                raise InvalidArgumentError(
+                    f"the snapshot's latents have the shape {list(image.latents.shape)}, and {self.name} has "
+                    f"{list(shape)} at {resolved.width} x {resolved.height}",
+                    input="resume",
+                )
+
+    def _latent_shape(self, resolved: ResolvedRequest) -> tuple[int, int, int]:
         factor = self.manifest.latent_scale
-        shape = (1, self.manifest.latent_channels, resolved.height // factor, resolved.width // factor)
-        return torch.randn(shape, generator=generator, dtype=torch.float32)[0] * scale
+        return self.manifest.latent_channels, resolved.height // factor, resolved.width // factor
 
     def decode(self, latents: torch.Tensor, *, trace: object | None = None) -> torch.Tensor:
         """Pixels [3, H, W] of one image's latents [C, h, w]."""

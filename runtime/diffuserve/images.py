@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from io import BytesIO
 from typing import Any, Final
 
@@ -32,9 +31,8 @@ def image_from_pixels(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(levels.contiguous().numpy())
 
 
-def encode_image(image: Image.Image, image_format: str, image_encoding: str) -> bytes:
-    """The picture's file in `image_format`, as raw bytes or as base64 text in bytes."""
+def encode_image(image: Image.Image, image_format: str) -> bytes:
+    """The picture's file in `image_format`."""
     file = BytesIO()
     image.save(file, format=image_format.upper(), **_SAVE_OPTIONS[image_format])
-    data = file.getvalue()
-    return base64.b64encode(data) if image_encoding == "base64" else data
+    return file.getvalue()

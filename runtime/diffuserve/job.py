@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from diffuserve.engine import Demand, Eta, Track
 from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
-from diffuserve.request import Event, EventKind, ResolvedRequest
-from diffuserve.sampling import Trajectory
+from diffuserve.request import Event, EventKind
+from diffuserve.snapshot import ImageState, Snapshot
 
 __all__ = ["Job", "Reply"]
 
@@ -28,23 +31,24 @@ class Reply(Protocol):
 class Job:
     """Counts a request's images, and answers the reply's end exactly once.
 
-    `demands` is what its images will take in UNet calls, `eta` what its client was told. Times are monotonic seconds.
+    `beginning` is the request and the state that its images begin in: of a new one, none was begun. `demands` is what
+    they will take in UNet calls, `eta` what its client was told. Times are monotonic seconds.
     """
 
     def __init__(
         self,
-        resolved: ResolvedRequest,
-        trajectory: Trajectory,
+        beginning: Snapshot,
         demands: Sequence[Demand],
         reply: Reply,
         request_id: str,
         trace: object | None,
     ) -> None:
-        self.resolved, self.trajectory, self.request_id, self.trace = resolved, trajectory, request_id, trace
-        request = resolved.request
+        self.beginning, self.request_id, self.trace = beginning, request_id, trace
+        self.resolved = beginning.resolved
+        request = self.resolved.request
         #: Its place before text encoding and VAE decoding: priority, then the shorter one, as in the loop.
-        self.urgency = (-request.priority, trajectory.evaluations)
-        self.accepted_at = time.monotonic()
+        self.urgency = (-request.priority, beginning.trajectory.evaluations)
+        self.accepted_at = self._sent_at = time.monotonic()
         self.deadline = self.accepted_at + request.deadline_ms / 1000 if request.deadline_ms else None
         self.demands = tuple(demands)
         self.eta = Eta(0.0, 0.0)
@@ -52,11 +56,14 @@ class Job:
         self.ready_at = self.stepped_at = 0.0
         self.tokens_cut = 0
         self._reply = reply
-        self._left = request.num_images
+        self._left = len(beginning.images)
+        self._suspended: dict[int, ImageState] = {}
         self._ended = False
         self._lock = threading.Lock()
-        #: Called once, with "done" or the error's code, before the final response is sent.
+        #: Called once, with "done", "suspended" or the error's code, before the final response is sent.
         self.on_end: Callable[[Job, str], None] = lambda *_: None
+        #: Makes the bytes of a snapshot.
+        self.pack: Callable[[Snapshot], bytes] = lambda _: b""
 
     def present(self) -> list[Demand]:
         """What is left of its images' UNet calls."""
@@ -99,6 +106,8 @@ class Job:
             "eta_s": round(self.eta.seconds, 4),
             "prompt_tokens_cut": self.tokens_cut,
         }
+        if track.steps_before:
+            info["resumed_at_step"] = track.steps_before
         self._send(self._event("image", index, self.resolved.steps, data, info), image=True)
 
     def fail(self, error: BaseException) -> None:
@@ -106,6 +115,24 @@ class Job:
         with self._lock:
             if self._end(ours.code):
                 self._reply.fail(ours)
+
+    def suspend(self, *states: ImageState) -> None:
+        """Images that are not stepped any further here. When no other is left, the snapshot ends the request."""
+        with self._lock:
+            if not self._ended:
+                self._suspended |= {one.index: one for one in states}
+                self._hand_over()
+
+    def beat(self, now: float) -> float:
+        """Send a heartbeat where nothing was sent for as long as the client asked; seconds until the next is due."""
+        every = self.resolved.request.heartbeat_ms / 1000
+        with self._lock:
+            if self._ended or not every:
+                return math.inf
+            if now - self._sent_at >= every:
+                self._sent_at = now
+                self._reply.send(self._event("heartbeat", 0, 0, b"", {}), final=False)
+            return self._sent_at + every - now
 
     def _event(self, kind: EventKind, index: int, step: int, data: bytes, info: dict[str, Any]) -> Event:
         resolved = self.resolved
@@ -115,7 +142,7 @@ class Job:
             step=step,
             steps=resolved.steps,
             seed=resolved.seed + index,
-            data=data,
+            data=base64.b64encode(data) if resolved.request.image_encoding == "base64" else data,
             info=info,
         )
 
@@ -127,7 +154,20 @@ class Job:
             final = self._left == 0
             if final:
                 self._end("done")
+            self._sent_at = time.monotonic()
             self._reply.send(event, final=final)
+            if image:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        """The snapshot, once every image that is left was suspended."""
+        if not self._suspended or len(self._suspended) < self._left:
+            return
+        states = tuple(self._suspended[index] for index in sorted(self._suspended))
+        data = self.pack(replace(self.beginning, images=states).cut())
+        event = self._event("snapshot", 0, min(one.steps for one in states), data, {"images": sorted(self._suspended)})
+        if self._end("suspended"):
+            self._reply.send(event, final=True)
 
     def _end(self, outcome: str) -> bool:
         """Whether this is the end; the second one is none. Told before the client hears, who may ask again at once."""

@@ -24,6 +24,7 @@ __all__ = [
     "Deployment",
     "Encoder",
     "Manifest",
+    "Quantization",
     "Range",
     "TensorShape",
 ]
@@ -42,12 +43,35 @@ class TensorShape:
     shape: tuple[int | str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """What of a component was quantized, and how its pictures compare with those in float32.
+
+    layers      the quantized layers, by what their weights are in: int8, fp8 or int4
+    left        the linear layers and convolutions that were not, by the reason
+    prompts     whose prompts it was calibrated with, in `calibrated` pictures of `steps` steps
+    pictures    how many were compared, of other prompts and with seeds of their own, by their PSNR in dB: `psnr` is the
+                mean, `lowest` that of the worst, both None where there were none. A mean below `gate` was refused
+    """
+
+    layers: Mapping[str, tuple[str, ...]]
+    left: Mapping[str, tuple[str, ...]]
+    prompts: str
+    calibrated: int
+    steps: int
+    gate: float
+    pictures: int = 0
+    psnr: float | None = None
+    lowest: float | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Component:
     """One component and the Triton model that serves it.
 
     `sha256` and `bytes` are of its weights and graph, or of its engine; `engine` says more of that. `precision` is what
-    it computes in, but for the modules named in `float32`, whose activations need the range.
+    it computes in, but for the modules named in `float32`, whose activations need the range; in a quantized one, that
+    of the layers that `quantization` names, and half precision elsewhere.
     """
 
     model: str
@@ -58,6 +82,7 @@ class Component:
     engine: EngineFacts | None = None
     precision: str = "fp32"
     float32: tuple[str, ...] = ()
+    quantization: Quantization | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +189,13 @@ def _component(raw: dict[str, Any]) -> Component:
         engine=EngineFacts.from_dict(raw["engine"]) if raw.get("engine") else None,
         precision=raw["precision"],
         float32=tuple(raw["float32"]),
+        quantization=_quantization(raw["quantization"]) if raw.get("quantization") else None,
     )
+
+
+def _quantization(raw: dict[str, Any]) -> Quantization:
+    names = {part: {key: tuple(values) for key, values in raw[part].items()} for part in ("layers", "left")}
+    return Quantization(**{**raw, **names})
 
 
 def _conditioning(raw: dict[str, Any]) -> Conditioning:

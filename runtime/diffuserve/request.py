@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
 from diffuserve.errors import InvalidArgumentError
@@ -16,6 +16,7 @@ __all__ = [
     "EVENT_KINDS",
     "IMAGE_ENCODINGS",
     "IMAGE_FORMATS",
+    "MAX_IMAGES",
     "MAX_PROMPT_BYTES",
     "MAX_SEED",
     "RANDOM_SEED",
@@ -27,15 +28,20 @@ __all__ = [
 
 MAX_PROMPT_BYTES: Final = 8192
 MAX_NAME_BYTES: Final = 256
+MAX_IMAGES: Final = 16
 MAX_PRIORITY: Final = 100
 MAX_DEADLINE_MS: Final = 24 * 3600 * 1000
+MIN_HEARTBEAT_MS: Final = 1000
 MAX_SEED: Final = 2**63 - 1
 RANDOM_SEED: Final = -1
 IMAGE_FORMATS: Final = ("png", "jpeg", "webp")
 IMAGE_ENCODINGS: Final = ("binary", "base64")
 
-EventKind = Literal["queued", "progress", "image"]
-EVENT_KINDS: Final[tuple[EventKind, ...]] = ("queued", "progress", "image")
+EventKind = Literal["queued", "progress", "image", "snapshot", "heartbeat", "status"]
+EVENT_KINDS: Final[tuple[EventKind, ...]] = ("queued", "progress", "image", "snapshot", "heartbeat", "status")
+
+#: What may be asked of a request that is resumed; all else is in its snapshot.
+_BESIDE_RESUME: Final = ("progress_every", "heartbeat_ms", "image_encoding", "priority", "deadline_ms", "client_tag")
 
 
 def _check_range(name: str, value: float, low: float, high: float, remedy: str = "") -> None:
@@ -85,6 +91,8 @@ def _check_text(name: str, value: str, limit: int) -> None:
 class GenerateRequest:
     """One request for pictures. None means: the checkpoint's own value.
 
+    `resume` is a snapshot's bytes, or none; with one, everything but how it is answered is the snapshot's.
+
     Raises InvalidArgumentError with the value, the limit and the remedy.
     """
 
@@ -102,18 +110,21 @@ class GenerateRequest:
     seed: int = RANDOM_SEED
     num_images: int = 1
     progress_every: int = 0
+    heartbeat_ms: int = 0
     image_format: str = "png"
     image_encoding: str = "binary"
     priority: int = 0
     deadline_ms: int = 0
     client_tag: str = ""
+    resume: bytes = b""
 
     def __post_init__(self) -> None:
+        self._check_resume()
         _check_text("prompt", self.prompt, MAX_PROMPT_BYTES)
         _check_text("negative_prompt", self.negative_prompt, MAX_PROMPT_BYTES)
         for name in ("checkpoint", "sampler", "sigma_schedule", "client_tag"):
             _check_text(name, getattr(self, name) or "", MAX_NAME_BYTES)
-        for name in ("num_images", "seed", "progress_every", "priority", "deadline_ms"):
+        for name in ("num_images", "seed", "progress_every", "heartbeat_ms", "priority", "deadline_ms"):
             _check_integer(name, getattr(self, name))
         for name in ("width", "height", "steps"):
             if getattr(self, name) is not None:
@@ -124,7 +135,7 @@ class GenerateRequest:
             _check_range("guidance_scale", self.guidance_scale, 0, 50)
         _check_range("guidance_rescale", self.guidance_rescale, 0, 1)
         _check_range("eta", self.eta, 0, 1)
-        _check_range("num_images", self.num_images, 1, 16)
+        _check_range("num_images", self.num_images, 1, MAX_IMAGES)
         _check_range("seed", self.seed, RANDOM_SEED, MAX_SEED, "-1 lets the server draw one")
         if self.seed + self.num_images - 1 > MAX_SEED:
             raise InvalidArgumentError(
@@ -135,18 +146,38 @@ class GenerateRequest:
                 maximum=MAX_SEED - self.num_images + 1,
             )
         _check_range("progress_every", self.progress_every, 0, 150, "0 is off")
+        if self.heartbeat_ms:
+            _check_range("heartbeat_ms", self.heartbeat_ms, MIN_HEARTBEAT_MS, MAX_DEADLINE_MS, "0 is off")
         _check_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY, "higher goes first")
         _check_range("deadline_ms", self.deadline_ms, 0, MAX_DEADLINE_MS, "0 is none")
         _check_choice("image_format", self.image_format, IMAGE_FORMATS)
         _check_choice("image_encoding", self.image_encoding, IMAGE_ENCODINGS)
+
+    def _check_resume(self) -> None:
+        given = [
+            one.name
+            for one in fields(self)
+            if one.name not in ("prompt", "resume", *_BESIDE_RESUME) and getattr(self, one.name) != one.default
+        ]
+        if self.resume and (given or self.prompt):
+            name = "prompt" if self.prompt else given[0]
+            raise InvalidArgumentError(
+                f"{name} is given beside resume, and the snapshot holds it; leave it out (of the prompt: the empty "
+                "string)",
+                input=name,
+            )
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in fields(cls))
 
     def parameters(self) -> dict[str, Any]:
-        """Every field by its name, as JSON can hold it."""
-        return asdict(self)
+        """Every field by its name but `resume`, as JSON can hold it: what makes the request again."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "resume"}
+
+    def answered_as(self, other: GenerateRequest) -> GenerateRequest:
+        """The same pictures, reported and scheduled as `other` asks."""
+        return replace(self, **{name: getattr(other, name) for name in _BESIDE_RESUME})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

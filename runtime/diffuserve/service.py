@@ -9,10 +9,12 @@ request's reply gets exactly one final answer.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -31,12 +33,13 @@ from diffuserve.engine import (
     Track,
     Trial,
 )
-from diffuserve.errors import CancelledError, DiffuserveError, NotFoundError
+from diffuserve.errors import CancelledError, DiffuserveError, DrainingError, InvalidArgumentError, NotFoundError
+from diffuserve.heartbeats import Heartbeats
 from diffuserve.images import encode_image, image_from_pixels
 from diffuserve.job import Job, Reply
 from diffuserve.manifest import Deployment
-from diffuserve.request import GenerateRequest, ResolvedRequest
-from diffuserve.sampling import Trajectory
+from diffuserve.request import GenerateRequest
+from diffuserve.snapshot import ImageState, Snapshot, decode_snapshot, encode_snapshot
 from diffuserve.spec import UNET
 from diffuserve.telemetry import Telemetry
 from diffuserve.workers import Workers
@@ -55,6 +58,7 @@ class DiffusionService:
     policy      what decides; without one, a StepPolicy with the manifests' row limits and `target_step`
     target_step seconds that a UNet call should not exceed, or None
     calibrate   measure the UNets' costs whenever the loop is idle, until they are known
+    key         what snapshots are signed with; servers that hand over to each other have the same
     device      where latents live: the engines' own
     """
 
@@ -66,6 +70,7 @@ class DiffusionService:
         policy: StepPolicy | None = None,
         telemetry: Telemetry | None = None,
         calibrate: bool = False,
+        key: bytes = b"",
         device: torch.device | None = None,
         target_step: float | None = None,
     ) -> None:
@@ -83,11 +88,15 @@ class DiffusionService:
             device=device,
             trials=self._trials() if calibrate else (),
         )
+        self._key = key or secrets.token_bytes(32)
         self._prepare = Workers(1, "prepare")
         self._finish = Workers(_FINISH_WORKERS, "finish")
         self._unprepared: list[Job] = []
         self._jobs: set[Job] = set()
+        self._heartbeats = Heartbeats()
+        self._draining = False
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def max_rows(self, group: Group) -> int:
         """The rows that the group's engine takes in one call."""
@@ -104,28 +113,81 @@ class DiffusionService:
 
         Raises DiffuserveError for a request that is not accepted: then nothing is sent on `reply`.
         """
-        checkpoint = self._checkpoint(request.checkpoint)
-        resolved = checkpoint.resolve(request)
-        trajectory = checkpoint.trajectory(resolved)
-        demand = self._demand(resolved, trajectory)
-        demands = [demand() for _ in range(request.num_images)]
-        job = Job(resolved, trajectory, demands, reply, request_id or uuid.uuid4().hex, trace)
+        beginning = self._resumed(request) if request.resume else self._begun(request)
+        job = Job(beginning, _demands(beginning), reply, request_id or uuid.uuid4().hex, trace)
         job.on_end = self._ended
+        job.pack = partial(encode_snapshot, key=self._key)
         with self._lock:
+            if self._draining:
+                raise DrainingError("the server is being shut down and takes no new requests; send it to another one")
             present = [demand for other in self._jobs for demand in other.present()]
             job.eta = self._policy.admit(job.demands, present, job.accepted_at, job.deadline)
             self._jobs.add(job)
             self._unprepared.append(job)
             self._report_load()
-        self._telemetry.accepted(job.request_id, checkpoint.name, job.eta.seconds)
+        self._heartbeats.add(job)
+        self._telemetry.accepted(job.request_id, job.resolved.checkpoint, job.eta.seconds)
         if not self._prepare.submit(job.urgency, self._prepare_waiting):
             job.fail(_shutting_down())
+
+    def drain(self, grace: float) -> None:
+        """Take no new requests, and return when the last one under way has ended.
+
+        What is not done after `grace` seconds ends with a snapshot that another server goes on from.
+        """
+        with self._changed:
+            self._draining = True
+            self._changed.wait_for(lambda: not self._jobs, grace)
+            unprepared, self._unprepared = self._unprepared, []
+        for job in unprepared:
+            job.suspend(*job.beginning.images)
+        self.loop.suspend()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs)
+
+    def status(self) -> dict[str, object]:
+        """What the server is doing, for whoever watches it."""
+        with self._lock:
+            waiting = sum(job.is_waiting() for job in self._jobs)
+            return {
+                "state": "draining" if self._draining else "serving",
+                "waiting": waiting,
+                "active": len(self._jobs) - waiting,
+                "stalled_s": round(self.loop.stalled(), 3),
+            }
 
     def close(self) -> None:
         """Stop stepping. Requests under way end with an error."""
         self._prepare.close()
         self.loop.close()
         self._finish.close()
+        self._heartbeats.close()
+
+    def _begun(self, request: GenerateRequest) -> Snapshot:
+        """A new request, with all of its images to be made."""
+        checkpoint = self._checkpoint(request.checkpoint)
+        resolved = checkpoint.resolve(request)
+        return Snapshot(
+            resolved=resolved,
+            weights=checkpoint.manifest.key,
+            trajectory=checkpoint.trajectory(resolved),
+            first=0,
+            images=tuple(map(ImageState.new, range(request.num_images))),
+        )
+
+    def _resumed(self, request: GenerateRequest) -> Snapshot:
+        """A request that was begun elsewhere, reported as this one asks."""
+        snapshot = decode_snapshot(request.resume, self._key)
+        resolved = snapshot.resolved
+        checkpoint = self._checkpoint(resolved.checkpoint)
+        if snapshot.weights != checkpoint.manifest.key:
+            raise InvalidArgumentError(
+                f"the snapshot was taken of another export of {checkpoint.name}; resume it where the very same one is "
+                "deployed",
+                input="resume",
+            )
+        checkpoint.check_states(resolved, snapshot.images)
+        return replace(snapshot, resolved=replace(resolved, request=resolved.request.answered_as(request)))
 
     def _checkpoint(self, name: str | None) -> Checkpoint:
         checkpoint = self._checkpoints.get(name or self._default)
@@ -147,11 +209,6 @@ class DiffusionService:
             for rows in counts[:1] + _TRIALS * counts:  # what the very first call takes is of no use
                 yield Trial(group, rows, checkpoint.trial(group, rows))
 
-    @staticmethod
-    def _demand(resolved: ResolvedRequest, trajectory: Trajectory) -> Callable[[], Demand]:
-        group = Group(resolved.checkpoint, resolved.height, resolved.width)
-        return lambda: Demand(group, resolved.rows, trajectory.evaluations, resolved.request.priority)
-
     def _ended(self, job: Job, outcome: str) -> None:
         with self._lock:
             self._jobs.discard(job)
@@ -160,6 +217,7 @@ class DiffusionService:
                 around = seconds - (job.stepped_at - job.ready_at)
                 self._policy.learn(job.demands, job.eta, around, seconds)
             self._report_load()
+            self._changed.notify_all()
         self._telemetry.ended(job.request_id, job.resolved.checkpoint, outcome, job.eta.seconds, seconds)
 
     def _started(self) -> None:
@@ -203,7 +261,7 @@ class DiffusionService:
             return taken
 
     def _join(self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor]) -> None:
-        tracks = [self._track(checkpoint, job, conditioning, i) for i in range(job.resolved.request.num_images)]
+        tracks = [self._track(checkpoint, job, conditioning, image) for image in job.beginning.images]
         job.ready_at = time.monotonic()
         job.tracks = tuple(tracks)
         self.loop.join(tracks)
@@ -220,22 +278,34 @@ class DiffusionService:
             return False
         return True
 
-    def _track(self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor], index: int) -> Track:
-        resolved = job.resolved
-        generator = torch.Generator().manual_seed(resolved.seed + index)
+    def _track(
+        self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor], image: ImageState
+    ) -> Track:
+        resolved, trajectory = job.resolved, job.beginning.remaining(image)
+        generator = torch.Generator().manual_seed(resolved.seed + image.index)
+        latents = checkpoint.noise(resolved, generator) * trajectory.initial_scale
+        for _ in range(1, image.draws):
+            checkpoint.noise(resolved, generator)
 
         def on_latents(latents: torch.Tensor) -> None:
             job.stepped_at = time.monotonic()
-            draw = partial(self._guarded, job, lambda: self._picture(checkpoint, job, track, index, latents))
+            draw = partial(self._guarded, job, lambda: self._picture(checkpoint, job, track, image.index, latents))
             if not self._finish.submit(job.urgency, draw):
                 job.fail(_shutting_down())
 
+        def on_suspend(latents: torch.Tensor, history: torch.Tensor) -> None:
+            draws = max(1, image.draws) + int(trajectory.draws[: track.evaluation].sum())
+            evaluation, steps = image.evaluation + track.evaluation, track.steps_done(track.evaluation)
+            job.suspend(ImageState(image.index, evaluation, steps, draws, latents, history))
+
         track = Track(
             group=Group(checkpoint.name, resolved.height, resolved.width),
-            trajectory=job.trajectory,
+            trajectory=trajectory,
             guidance_scale=resolved.guidance_scale,
             guidance_rescale=resolved.request.guidance_rescale,
-            latents=checkpoint.first_latents(resolved, generator, job.trajectory.initial_scale),
+            latents=image.latents if image.draws else latents,
+            history=image.history if image.draws else None,
+            steps_before=image.steps,
             conditioning=conditioning,
             generator=generator,
             priority=resolved.request.priority,
@@ -243,9 +313,10 @@ class DiffusionService:
             deadline=job.deadline,
             trace=job.trace,
             on_start=self._started,
-            on_step=lambda done: job.step(track, index, done),
+            on_step=lambda done: job.step(track, image.index, done),
             on_latents=on_latents,
             on_error=job.fail,
+            on_suspend=on_suspend,
             is_cancelled=job.is_cancelled,
         )
         return track
@@ -254,7 +325,15 @@ class DiffusionService:
         """VAE decoding and the image file."""
         request = job.resolved.request
         image = image_from_pixels(checkpoint.decode(latents, trace=job.trace))
-        job.image(track, index, encode_image(image, request.image_format, request.image_encoding))
+        job.image(track, index, encode_image(image, request.image_format))
+
+
+def _demands(beginning: Snapshot) -> list[Demand]:
+    """What a request's images take, each on its own."""
+    resolved = beginning.resolved
+    group, priority = Group(resolved.checkpoint, resolved.height, resolved.width), resolved.request.priority
+    last = beginning.first + beginning.trajectory.evaluations
+    return [Demand(group, resolved.rows, last - image.evaluation, priority) for image in beginning.images]
 
 
 def _raise(error: Exception) -> None:

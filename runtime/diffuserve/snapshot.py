@@ -17,7 +17,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
@@ -53,8 +53,9 @@ class ImageState:
     index       its place in the request
     evaluation  UNet evaluations that it has had
     steps       denoising steps that are complete
-    draws       how many times [1, C, h, w] of standard noise were drawn from its seed, the first latents included
-    latents     [C, h, w] float32
+    draws       how many times [1, C, h, w] of standard noise were drawn from its seed, the first latents included; 0
+                of an image that was not begun
+    latents     [C, h, w] float32; of an image that was not begun [0, 0, 0]
     history     [n, C, h, w] float32, the newest first: what later evaluations still read
     """
 
@@ -65,10 +66,15 @@ class ImageState:
     latents: torch.Tensor
     history: torch.Tensor
 
+    @classmethod
+    def new(cls, index: int) -> ImageState:
+        """Of an image that was not begun."""
+        return cls(index, 0, 0, 0, torch.empty(0, 0, 0), torch.empty(0, 0, 0, 0))
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Snapshot:
-    """A request and what is left of it.
+    """A request and what is left of it: all of it, when it is new.
 
     `weights` is the manifest's key. `trajectory` begins at `first`, the evaluation of the image that has had fewest.
     """
@@ -147,7 +153,7 @@ def _unpacked(tensor: torch.Tensor, limit: int) -> bytes:
 def _facts(snapshot: Snapshot) -> bytes:
     resolved = {one.name: getattr(snapshot.resolved, one.name) for one in fields(snapshot.resolved)}
     facts = {
-        "resolved": {**resolved, "request": asdict(snapshot.resolved.request)},
+        "resolved": {**resolved, "request": snapshot.resolved.request.parameters()},
         "weights": snapshot.weights,
         "table": {name: getattr(snapshot.trajectory, name) for name in _ABOUT_TABLE},
         "first": snapshot.first,

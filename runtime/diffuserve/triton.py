@@ -5,6 +5,7 @@ Every path of a decoupled request must end with an error or a final response, or
 
 from __future__ import annotations
 
+import hmac
 import json
 import logging
 import os
@@ -33,13 +34,17 @@ __all__ = [
     "CALL_LOG_VARIABLE",
     "DEPLOYMENT_VARIABLE",
     "LOG_LEVEL_VARIABLE",
+    "SNAPSHOT_KEY_VARIABLE",
     "TARGET_STEP_VARIABLE",
+    "TOKEN_VARIABLE",
     "DiffusionModel",
 ]
 
 DEPLOYMENT_VARIABLE: Final = "DIFFUSERVE_DEPLOYMENT"
 CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each component call to, for benches
 LOG_LEVEL_VARIABLE: Final = "DIFFUSERVE_LOG_LEVEL"
+SNAPSHOT_KEY_VARIABLE: Final = "DIFFUSERVE_SNAPSHOT_KEY"  # what snapshots are signed with; without it, one of its own
+TOKEN_VARIABLE: Final = "DIFFUSERVE_TOKEN"  # what whoever drains the server must know
 TARGET_STEP_VARIABLE: Final = "DIFFUSERVE_TARGET_STEP_MS"  # what a UNet call should not exceed
 
 _OPENING_SECONDS: Final = 2.0
@@ -226,7 +231,9 @@ class DiffusionModel:
             calibrate=True,
             target_step=_milliseconds(TARGET_STEP_VARIABLE),
             device=device,
+            key=os.environ.get(SNAPSHOT_KEY_VARIABLE, "").encode(),
         )
+        self._token = os.environ.get(TOKEN_VARIABLE, "").encode()
         # The first request shows that the instance is made. A server that gets none still measures its engines.
         self._opening = threading.Timer(_OPENING_SECONDS, self._bls.open)
         self._opening.daemon = True
@@ -243,6 +250,10 @@ class DiffusionModel:
         try:
             tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             parameters = json.loads(request.parameters() or "{}")
+            operation = wire.decode_operation(tensors, parameters)
+            if operation is not None:
+                self._operate(operation, reply)
+                return
             trace = _trace_context(request)
             if trace:
                 _log.info("request traced", extra={"request_id": request_id, **trace})
@@ -252,6 +263,23 @@ class DiffusionModel:
         except Exception as error:
             _log.exception("a request could not be accepted", extra={"request_id": request_id})
             self._refuse(reply, request_id, errors.InternalError(f"a bug in the server: {error!r}"))
+
+    def _operate(self, operation: wire.Operation, reply: TritonReply) -> None:
+        """Answer an operation; a drain is answered when it is over."""
+        if operation.name == "status":
+            reply.send(_status(self._service), final=True)
+            return
+        if not self._token or not hmac.compare_digest(operation.token.encode(), self._token):
+            raise errors.InvalidArgumentError(
+                "drain needs the token that the server was started with; end the server's process with SIGTERM instead",
+                input="operation",
+            )
+
+        def drain() -> None:
+            self._service.drain(operation.grace_s)
+            reply.send(_status(self._service), final=True)
+
+        threading.Thread(target=drain, name="drain", daemon=True).start()
 
     def _refuse(self, reply: TritonReply, request_id: str, error: errors.DiffuserveError) -> None:
         _log.info("request refused", extra={"request_id": request_id, "outcome": error.code, "reason": error.message})
@@ -263,6 +291,10 @@ class DiffusionModel:
         self._service.close()
         self._cancels.close()
         self._registry.close()
+
+
+def _status(service: DiffusionService) -> Event:
+    return Event(kind="status", index=0, step=0, steps=0, seed=0, data=b"", info=service.status())
 
 
 def _device(deployment: Deployment, args: Mapping[str, str]) -> torch.device:

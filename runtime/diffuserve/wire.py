@@ -20,10 +20,13 @@ from diffuserve.request import EVENT_KINDS, Event, GenerateRequest
 __all__ = [
     "INPUTS",
     "MODEL_NAME",
+    "OPERATIONS",
     "OUTPUTS",
     "WIRE_VERSION",
+    "Operation",
     "TensorSpec",
     "decode_event",
+    "decode_operation",
     "decode_request",
     "encode_event",
     "encode_request",
@@ -88,8 +91,13 @@ OUTPUTS: Final = (
     TensorSpec("info", "BYTES"),
 )
 
+#: BYTES that are no text.
+_BINARY: Final = frozenset({"init_image", "mask_image", "control_image", "resume"})
 _INPUT_SPECS: Final = {spec.name: spec for spec in INPUTS}
-_BUILT: Final = frozenset(GenerateRequest.field_names())
+GENERATE: Final = "generate"
+OPERATIONS: Final = ("status", "drain")
+_MAX_GRACE_MS: Final = 3600 * 1000
+_BUILT: Final = frozenset({*GenerateRequest.field_names(), "operation"})
 _DTYPES: Final[dict[str, Any]] = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BYTES": np.object_}
 
 
@@ -136,9 +144,45 @@ def decode_request(tensors: Mapping[str, Array], parameters: Mapping[str, Any] |
         if name not in _BUILT:
             raise UnsupportedError(f"{name} is not supported by this server yet; leave it out", input=name)
         values[name] = _scalar(spec, array)
+    values.pop("operation", None)  # `generate`: decode_operation knows the others
     if "prompt" not in values:
         raise InvalidArgumentError("prompt is missing; the empty prompt is given as an empty string", input="prompt")
     return GenerateRequest(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A request that asks for no picture: `status`, or `drain` with the token of who may ask and the grace time."""
+
+    name: str
+    token: str = ""
+    grace_s: float = 0.0
+
+
+def decode_operation(tensors: Mapping[str, Array], parameters: Mapping[str, Any] | None = None) -> Operation | None:
+    """What a request asks for instead of pictures, or None where it asks for them.
+
+    `drain` has its token and grace time in the request's parameters `token` and `grace_ms`, which /generate takes
+    beside the inputs. Raises InvalidArgumentError.
+    """
+    array = tensors.get("operation")
+    name = GENERATE if array is None else _scalar(_INPUT_SPECS["operation"], array)
+    if name == GENERATE:
+        return None
+    if name not in OPERATIONS:
+        raise InvalidArgumentError(
+            f"operation is {name[:64]!r}, and must be one of {', '.join((GENERATE, *OPERATIONS))}", input="operation"
+        )
+    given = dict(parameters or {})
+    token, grace = given.pop("token", ""), given.pop("grace_ms", 0)
+    others = [*given, *(other for other in tensors if other not in ("operation", "prompt"))]
+    if others:
+        raise InvalidArgumentError(f"{others[0]!r} is no part of the operation {name}; leave it out", input=others[0])
+    if not isinstance(token, str) or not isinstance(grace, int) or not 0 <= grace <= _MAX_GRACE_MS:
+        raise InvalidArgumentError(
+            f"token must be text and grace_ms a whole number from 0 to {_MAX_GRACE_MS}", input="grace_ms"
+        )
+    return Operation(name, token, grace / 1000)
 
 
 def _scalar(spec: TensorSpec, array: Array) -> Any:
@@ -152,6 +196,8 @@ def _scalar(spec: TensorSpec, array: Array) -> Any:
     value = array.reshape(-1)[0]
     if spec.datatype != "BYTES":
         return value.item()
+    if spec.name in _BINARY:
+        return value.encode() if isinstance(value, str) else bytes(value)
     if isinstance(value, str):
         return value
     try:

@@ -16,7 +16,7 @@ from diffuserve.request import MAX_SEED, GenerateRequest
 from diffuserve.wire import INPUTS, decode_request, encode_request
 
 DTYPES: dict[str, Any] = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
-NOT_BUILT = [spec.name for spec in INPUTS if spec.name not in GenerateRequest.field_names()]
+NOT_BUILT = [spec.name for spec in INPUTS if spec.name not in (*GenerateRequest.field_names(), "operation")]
 
 
 def texts(*values: bytes | str) -> Any:

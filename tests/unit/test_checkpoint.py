@@ -39,7 +39,9 @@ def test_what_is_reported_makes_the_same_picture(
     resolved = checkpoint.resolve(ask(**asked))
     assert (resolved.sampler, resolved.sigma_schedule, resolved.eta) == (sampler, schedule, asked.get("eta", 0.0))
     reported: dict[str, Any] = resolved.parameters(0)
-    again = checkpoint.resolve(GenerateRequest(**{name: reported[name] for name in GenerateRequest.field_names()}))
+    again = checkpoint.resolve(
+        GenerateRequest(**{name: reported[name] for name in GenerateRequest(prompt="").parameters()})
+    )
     assert again.parameters(0) == reported
     assert checkpoint.trajectory(again) is checkpoint.trajectory(resolved)
 

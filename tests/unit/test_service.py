@@ -92,7 +92,7 @@ def test_one_request_gets_exactly_one_response_with_what_made_it(service: Diffus
 def test_info_makes_the_same_picture_again(service: DiffusionService) -> None:
     first = ask(service, seed=-1, num_images=2, guidance_scale=None, sampler=None).wait()
     for event in first.events:
-        again = {name: event.info[name] for name in GenerateRequest.field_names()}
+        again = {name: event.info[name] for name in GenerateRequest(prompt="").parameters()}
         assert ask(service, **again).wait().events[0].data == event.data
 
 

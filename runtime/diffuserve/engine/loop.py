@@ -70,6 +70,7 @@ class DenoiseLoop:
         self._trials = list(trials)
         self._joined = 0
         self._closed = self._suspending = False
+        self._busy_since: float | None = None
         self._wake = threading.Condition()
         #: UNet calls so far; the number of the next call is one more.
         self.calls = 0
@@ -92,6 +93,11 @@ class DenoiseLoop:
         with self._wake:
             self._suspending = True
             self._wake.notify()
+
+    def stalled(self) -> float:
+        """Seconds since the loop last did anything, where it has something to do; 0 where it has not."""
+        busy = self._busy_since
+        return 0.0 if busy is None else self._clock() - busy
 
     def close(self) -> None:
         """Stop after the call that is under way; what is left gets an error."""
@@ -126,8 +132,10 @@ class DenoiseLoop:
         """Let arrivals in, waiting for them where nothing runs. False once the loop is closed."""
         with self._wake:
             idle = not (self._closed or self._joining or self._active)
+            self._busy_since = None if idle else self._clock()
             if idle and not self._trials:
                 self._wake.wait()
+            self._busy_since = self._clock()
             arrived, self._joining = self._joining, []
             closed = self._closed
         if idle and self._trials and not arrived:

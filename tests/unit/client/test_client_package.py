@@ -65,7 +65,7 @@ def test_every_module_is_private_and_says_what_it_shows() -> None:
 def test_the_keywords_are_the_requests_fields() -> None:
     keywords = get_type_hints(GenerateParameters)
     fields = get_type_hints(GenerateRequest)
-    assert keywords == {name: kind for name, kind in fields.items() if name != "prompt"}
+    assert keywords == {name: kind for name, kind in fields.items() if name not in ("prompt", "resume")}
     assert GenerateParameters.__required_keys__ == frozenset()
 
 
