@@ -15,7 +15,8 @@ from pathlib import Path
 
 from diffuserve.manifest import Deployment
 from measure.bare import BareEngines
-from measure.load import Run, closed_loop, mixed_requests, percentile
+from measure.load import Run, closed_loop, mixed_requests
+from measure.poisson import percentile
 from measure.same_picture import check_same_pictures
 from measure.server import our_server
 from measure.tables import table

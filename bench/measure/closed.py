@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 
-from measure.load import Run, closed_loop, mixed_requests, percentile
+from measure.load import Run, closed_loop, mixed_requests
+from measure.poisson import percentile
 from measure.tables import NO_TARGET, at_least, table
 from peers.common import Serve
 

@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from diffuserve.request import GenerateRequest
+from measure.poisson import STEPS
 from peers.common import SCHEDULERS, Picture, Serve
 from shapes_recipe.world import trained_scenes
 
-__all__ = ["Run", "arrivals", "closed_loop", "mixed_requests", "open_loop", "percentile"]
+__all__ = ["Run", "closed_loop", "mixed_requests", "open_loop"]
 
-STEPS = (4, 8, 20, 50)
 GUIDANCE = 7.5
 
 
@@ -66,16 +64,6 @@ def closed_loop(serve: Serve, requests: Sequence[GenerateRequest], concurrency: 
     return Run(time.perf_counter() - started, [latency for latency, _ in done], [picture for _, picture in done])
 
 
-def arrivals(count: int, rate: float, seed: int) -> list[float]:
-    """Seconds at which the requests of a Poisson process with `rate` a second arrive."""
-    rng = random.Random(seed)
-    times, now = list[float](), 0.0
-    for _ in range(count):
-        now += rng.expovariate(rate)
-        times.append(now)
-    return times
-
-
 def open_loop(serve: Serve, requests: Sequence[GenerateRequest], times: Sequence[float]) -> Run:
     """Send each request when it arrives, whatever is still under way; latencies count from the arrival."""
     latencies, pictures = [0.0] * len(requests), dict[int, Picture]()
@@ -98,7 +86,3 @@ def open_loop(serve: Serve, requests: Sequence[GenerateRequest], times: Sequence
     if failures:
         raise failures[0]
     return Run(time.perf_counter() - started, latencies, [pictures[index] for index in range(len(requests))])
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    return float(np.quantile(values, share))

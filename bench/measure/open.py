@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from measure.load import Run, arrivals, closed_loop, mixed_requests, open_loop, percentile
+from measure.load import Run, closed_loop, mixed_requests, open_loop
+from measure.poisson import arrivals, percentile
 from measure.tables import NO_TARGET, at_most, table
 from peers.common import Serve
 

@@ -12,7 +12,8 @@ from typing import Any
 from diffuserve.manifest import Manifest
 from diffuserve.request import Event, GenerateRequest
 from diffuserve.spec import TEXT_ENCODER, UNET
-from measure.load import GUIDANCE, percentile
+from measure.load import GUIDANCE
+from measure.poisson import percentile
 from measure.server import OurServer
 from measure.tables import NO_TARGET, at_most, table
 from shapes_recipe.world import trained_scenes
