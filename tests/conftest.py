@@ -29,10 +29,11 @@ def deployment() -> Path:
 def server(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real Triton on free ports of loopback, ready."""
     from diffuserve.server import ServerOptions, TritonServer
+    from diffuserve.server.snapshot_key import with_snapshot_key
 
     log = tmp_path_factory.mktemp("triton") / "triton.log"
     options = ServerOptions(deployment=deployment, http_port=0, grpc_port=0, metrics_port=0, log_file=log)
-    with TritonServer(options) as running:
+    with TritonServer(with_snapshot_key(options)) as running:
         running.wait_ready()
         yield running
 

@@ -9,7 +9,9 @@ import hmac
 import json
 import logging
 import os
+import re
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +53,8 @@ _OPENING_SECONDS: Final = 2.0
 
 _log: Final = logging.getLogger(__name__)
 
+_DEAD: Final = re.compile(r"[Ss]tub process .*is not healthy")
+
 # Names and not values: Triton puts its classes into pb_utils only after it has imported the model.
 _STATUS: Final = {
     "invalid_argument": "INVALID_ARG",
@@ -64,8 +68,14 @@ _STATUS: Final = {
 }
 
 
+class _ProcessDiedError(errors.ComponentFailedError):
+    """The Python backend's process of a component is gone."""
+
+
 class BlsRunner:
     """Runs component models by Triton's business logic scripting; outputs stay on the loop's device.
+
+    A component whose process died is loaded again, and the call that found out is made again: no request is lost.
 
     Refuses until `open` is called. Triton takes calls as soon as `initialize` returned, but makes what serves them
     a moment later: a call in between ends the server's process with a segmentation fault.
@@ -73,6 +83,7 @@ class BlsRunner:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._open = device, False
+        self._reviving, self._revived = threading.Lock(), dict[str, float]()
         self._options: dict[str, Any] = {}
         if device.type == "cuda":  # outputs go to the CPU's memory unless they are asked not to
             memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, device.index)
@@ -89,6 +100,16 @@ class BlsRunner:
                 f"{component.model} cannot be called while Triton makes this model's instance; try again in a moment",
                 component=component.model,
             )
+        began = time.monotonic()
+        try:
+            return self._called(component, inputs, trace)
+        except _ProcessDiedError as error:
+            self._revive(component.model, began, error)
+            return self._called(component, inputs, trace)
+
+    def _called(
+        self, component: Component, inputs: Mapping[str, torch.Tensor], trace: object | None
+    ) -> dict[str, torch.Tensor]:
         request = pb_utils.InferenceRequest(
             model_name=component.model,
             requested_output_names=[output.name for output in component.outputs],
@@ -104,8 +125,27 @@ class BlsRunner:
             ) from error
         if response.has_error():
             message = response.error().message()
-            raise errors.ComponentFailedError(f"{component.model} failed: {message}", component=component.model)
+            kind = _ProcessDiedError if _DEAD.search(message) else errors.ComponentFailedError
+            raise kind(f"{component.model} failed: {message}", component=component.model)
         return {tensor.name(): self._taken(component, tensor) for tensor in response.output_tensors()}
+
+    def _revive(self, model: str, began: float, error: errors.ComponentFailedError) -> None:
+        """Load a component again whose process died, unless that was done since the call that found out began.
+
+        Triton never starts such a process again by itself.
+        """
+        with self._reviving:
+            if self._revived.get(model, 0.0) > began:
+                return
+            _log.error("%s lost its process, and is loaded again", model)
+            try:
+                pb_utils.unload_model(model_name=model)
+                pb_utils.load_model(model_name=model)
+            except Exception as cause:
+                raise errors.ComponentFailedError(
+                    f"{error.message}; loading it again failed: {cause}", component=model
+                ) from cause
+            self._revived[model] = time.monotonic()
 
     def _taken(self, component: Component, tensor: Any) -> torch.Tensor:
         """An output as torch's tensor, once it is known to be on the loop's device."""

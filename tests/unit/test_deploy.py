@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from diffuserve.server.__main__ import options_from
+from diffuserve.server.__main__ import settings_from
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -51,7 +51,7 @@ def test_it_runs_without_rights_and_without_compilers(instructions: list[tuple[s
 def test_the_command_is_one_that_the_server_takes(instructions: list[tuple[str, str]]) -> None:
     command = json.loads(last(instructions, "CMD"))
     assert command[:3] == ["python3", "-m", "diffuserve.server"]
-    options = options_from(command[3:])
+    options, _ = settings_from(command[3:])
     assert options.deployment == Path("/deployment")
     assert options.host == "0.0.0.0"
     assert (options.http_port, options.grpc_port, options.metrics_port) == (8000, 8001, 8002)

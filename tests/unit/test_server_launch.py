@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffuserve.server import ServerOptions, ServerSetupError, TritonServer, process
-from diffuserve.server.__main__ import main, options_from
+from diffuserve.server.__main__ import main, settings_from
 from diffuserve.server.checks import Ports
 from diffuserve.server.embedded import Triton
 from diffuserve.server.launch import command_line, prepare, server_environment
@@ -215,7 +215,7 @@ def test_flags_become_options() -> None:
         "--log-file l --verbose --start-timeout 4 --exit-timeout 5 "
         "--triton-argument=--log-verbose=1 --triton-argument=--http-thread-count=2"
     )
-    parsed = options_from(line.split())
+    parsed, _ = settings_from(line.split())
     assert parsed == ServerOptions(
         deployment=Path("d"),
         model_repository=Path("m"),
@@ -230,4 +230,4 @@ def test_flags_become_options() -> None:
         exit_timeout=5,
         triton_arguments=("--log-verbose=1", "--http-thread-count=2"),
     )
-    assert options_from(["--deployment", "d"]) == ServerOptions(Path("d"), echo="warnings")
+    assert settings_from(["--deployment", "d"])[0] == ServerOptions(Path("d"), echo="warnings")

@@ -1,11 +1,13 @@
 """`python -m diffuserve.server`: serve a deployment in the foreground until Ctrl-C or SIGTERM.
 
-Exit codes: 0 after a clean stop, 1 if the server did not start or died, 2 if a check failed before the start.
+Exit codes: 0 after a clean stop, 1 if the server did not start or died again and again, 2 if a check failed before
+the start.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import sys
@@ -16,35 +18,33 @@ from types import FrameType
 from diffuserve.server.errors import ServerSetupError, ServerStartError
 from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
 from diffuserve.server.process import TritonServer
+from diffuserve.server.snapshot_key import with_snapshot_key
+from diffuserve.server.supervisor import Patience, Supervisor
 
 _EXAMPLE = """{"prompt": "a red circle", "image_encoding": "base64"}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to stop, and return the exit code."""
-    server = TritonServer(options_from(arguments))
-    with _Signals(server.kill) as signals:
+    options, patience = settings_from(arguments)
+    try:
+        supervisor = Supervisor(with_snapshot_key(options), patience, _say)
+    except ServerSetupError as error:
+        return _fail(str(error), code=2)
+    with _Signals(supervisor.kill) as signals:
         try:
-            return _serve(server)
+            supervisor.start(lambda server: _say(_announcement(server)))
+            supervisor.run()
         except KeyboardInterrupt:
-            _say("stopping")
-            return 0
+            supervisor.stop()
         except ServerSetupError as error:
             return _fail(str(error), code=2)
         except ServerStartError as error:
             return _fail(str(error))
         finally:
             signals.stopping = True
-            server.stop()
-
-
-def _serve(server: TritonServer) -> int:
-    server.start()
-    _say(f"starting Triton with {len(server.launch.models)} models; its log is {server.log_file}")
-    server.wait_ready()
-    _say(_announcement(server))
-    server.wait()
-    return _fail(f"the server died ({server.exit_reason()}); its log, {server.log_file}, ends:\n{server.log_tail()}")
+            supervisor.server.stop()
+    return 0
 
 
 class _Signals:
@@ -79,8 +79,10 @@ def _announcement(server: TritonServer) -> str:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    # A closed terminal must not keep requests from being handed over.
+    with contextlib.suppress(OSError):
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
 
 
 def _fail(text: str, code: int = 1) -> int:
@@ -88,10 +90,10 @@ def _fail(text: str, code: int = 1) -> int:
     return code
 
 
-def options_from(arguments: Sequence[str] | None = None) -> ServerOptions:
-    """The options that a command line asks for."""
+def settings_from(arguments: Sequence[str] | None = None) -> tuple[ServerOptions, Patience]:
+    """What a command line asks for."""
     parsed = _parser().parse_args(arguments)
-    return ServerOptions(
+    options = ServerOptions(
         deployment=parsed.deployment,
         model_repository=parsed.model_repository,
         host=parsed.host,
@@ -105,6 +107,7 @@ def options_from(arguments: Sequence[str] | None = None) -> ServerOptions:
         exit_timeout=parsed.exit_timeout,
         triton_arguments=tuple(parsed.triton_argument),
     )
+    return options, Patience(grace=parsed.grace, stalled=parsed.stall_timeout)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,6 +129,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--verbose", action="store_true", help="all of Triton's log on standard error, not only warnings and errors")
     add("--start-timeout", type=float, default=600.0, help="seconds to load every model (default: %(default)g)")
     add("--exit-timeout", type=int, default=10, help="seconds for requests in flight at the end (default: %(default)s)")
+    add(
+        "--grace",
+        type=float,
+        default=20.0,
+        help="seconds for requests under way at the end; what is left of them "
+        "then is handed over as snapshots (default: %(default)g)",
+    )
+    add(
+        "--stall-timeout",
+        type=float,
+        default=120.0,
+        help="seconds without an engine call, with something to do, after "
+        "which Triton is started again (default: %(default)g)",
+    )
     add("--triton-argument", action="append", default=[], help="passed to tritonserver as it is; may be repeated")
     return parser
 

@@ -31,6 +31,8 @@ class Launch:
     environment: Mapping[str, str]
     server_id: str
     """What this very process answers at /v2, so that another server on the port is not taken for it."""
+    token: str
+    """Who knows it may drain the server."""
     shm_prefix: str
     """The names of its regions in /dev/shm begin with this."""
     models: tuple[str, ...]
@@ -49,12 +51,14 @@ def prepare(options: ServerOptions, environment: Mapping[str, str] | None = None
     address = address_of(options.host)
     ports = claim_ports(address, options)
     triton = find_triton(options.cache_folder(), inherited)
+    token = secrets.token_hex(16)
     server_id = f"diffuserve-{os.getpid()}-{secrets.token_hex(4)}"
     models = (*components, PUBLIC_MODEL)
     return Launch(
         arguments=command_line(triton, options, address, ports, models, server_id, config),
-        environment=server_environment(triton, options, deployment, inherited),
+        environment={**server_environment(triton, options, deployment, inherited), "DIFFUSERVE_TOKEN": token},
         server_id=server_id,
+        token=token,
         shm_prefix=f"{server_id}-",
         models=models,
         address=address,

@@ -7,6 +7,8 @@ import json
 import urllib.request
 from typing import Any
 
+from diffuserve.server.options import PUBLIC_MODEL
+
 __all__ = ["Probe"]
 
 
@@ -34,6 +36,16 @@ class Probe:
         if not isinstance(index, list):
             return None
         return {entry["name"]: (entry.get("state", ""), entry.get("reason", "")) for entry in index}
+
+    def operate(self, operation: str, **parameters: Any) -> dict[str, Any] | None:
+        """What the public model answers to an operation, in words of its own; None where it does not."""
+        asked = {"prompt": "", "operation": operation, **parameters}
+        answer = self._answer(f"/v2/models/{PUBLIC_MODEL}/generate", json.dumps(asked).encode())
+        try:
+            info = json.loads(answer["info"])
+        except (KeyError, TypeError, ValueError):
+            return None
+        return info if isinstance(info, dict) else None
 
     def _answer(self, path: str, body: bytes | None = None) -> Any:
         try:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from diffuserve.server.errors import ServerSetupError, ServerStartError
 from diffuserve.server.launch import Launch, prepare
@@ -26,6 +26,7 @@ __all__ = ["TritonServer"]
 
 _POLL_SECONDS = 0.1
 _KILL_AFTER = 5.0
+_AFTER_GRACE = 2.0  # pictures that were being encoded, and the answer
 _TAIL_LINES = 20
 _SHARED_MEMORY = Path("/dev/shm")
 _WARNING_OR_ERROR = re.compile(r"[WE]\d{4} ")
@@ -136,20 +137,40 @@ class TritonServer:
                 raise ServerStartError(self._with_log(f"the server is not ready after {limit:g} s"))
         raise ServerStartError(self._with_log(f"the server died before it was ready ({self.exit_reason()})"))
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it was ready, and runs."""
+        return self._ready and not self._exited.is_set()
+
+    def status(self, timeout: float = 3.0) -> dict[str, Any] | None:
+        """What the public model says of itself (`operation=status`); None where it does not answer."""
+        return Probe(self.http_url, timeout).operate("status")
+
+    def drain(self, grace: float) -> dict[str, Any] | None:
+        """Have requests under way end within `grace` seconds, or be handed over; None where nobody answers.
+
+        New ones are refused from now on.
+        """
+        probe = Probe(self.http_url, grace + _AFTER_GRACE)
+        return probe.operate("drain", token=self.launch.token, grace_ms=round(1000 * grace))
+
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the process to end, and return its exit code; None if it still runs after the timeout."""
         self._exited.wait(timeout)
         return self.returncode
 
-    def stop(self) -> None:
-        """End the server and all its children; harmless when it has ended."""
+    def stop(self, patience: float | None = None) -> None:
+        """End the server and all its children; harmless when it has ended.
+
+        `patience` is for how many seconds it may take; by default as long as Triton waits for requests in flight.
+        """
         if self._thread is None or self._thread.ident is None:
             return
         self._spawned.wait()
         if (leader := self._group) is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(leader, signal.SIGTERM)
-        if not self._exited.wait(self.options.exit_timeout + _KILL_AFTER):
+        if not self._exited.wait(self.options.exit_timeout + _KILL_AFTER if patience is None else patience):
             self.kill()
             self._exited.wait()
 
