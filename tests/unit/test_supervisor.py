@@ -1,0 +1,139 @@
+"""What the supervisor does about a server that dies, hangs or stands still, over a server that is made up."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from diffuserve.server import ServerOptions, ServerSetupError, ServerStartError, supervisor
+from diffuserve.server.snapshot_key import SNAPSHOT_KEY_FILE, with_snapshot_key
+from diffuserve.server.supervisor import Patience, Supervisor
+
+GOOD = {"state": "serving", "stalled_s": 0.5}
+
+
+class Server:
+    """Each question how it is goes on to the next of the `answers`; where they end, the process has died."""
+
+    made: list[Server]
+    scripts: list[list[Any]]
+    clock = 0.0
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options, self.did = options, list[str]()
+        self.is_ready, self.returncode = False, None
+        self.launch = SimpleNamespace(ports=SimpleNamespace(http=1, grpc=2, metrics=3), models=("diffusion",))
+        self.log_file, self._answers = Path("log"), list(Server.scripts[len(Server.made)])
+        Server.made.append(self)
+
+    def start(self) -> None:
+        self.did.append("start")
+
+    def wait_ready(self) -> None:
+        self.is_ready = True
+
+    def wait(self, timeout: float) -> int | None:
+        Server.clock += timeout
+        return None if self._answers else 1
+
+    def status(self) -> Any:
+        answer = self._answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def drain(self, grace: float) -> None:
+        self.did.append(f"drain {grace:g}")
+
+    def stop(self, patience: float | None = None) -> None:
+        self.did.append(f"stop {patience:g}" if patience else "stop")
+
+    def kill(self) -> None:
+        self.did.append("kill")
+
+    def exit_reason(self) -> str:
+        return "exit code 1"
+
+    def log_tail(self) -> str:
+        return "the end"
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    Server.made, Server.clock = [], 0.0
+    monkeypatch.setattr(supervisor, "TritonServer", Server)
+    monkeypatch.setattr(time, "monotonic", lambda: Server.clock)
+    return []
+
+
+def supervise(said: list[str], *scripts: list[Any], **patience: Any) -> Supervisor:
+    Server.scripts = list(scripts)
+    one = Supervisor(ServerOptions(Path("d"), http_port=0), Patience(**patience), said.append)
+    one.start(lambda _: None)
+    return one
+
+
+def test_a_dead_server_is_started_again_on_the_same_ports(said: list[str]) -> None:
+    one = supervise(said, [GOOD], [GOOD, KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert said[1:] == ["the server died (exit code 1); starting it again", "serving again"]
+    options = Server.made[1].options
+    assert (options.http_port, options.grpc_port, options.metrics_port) == (1, 2, 3)
+
+
+def test_silence_counts_from_the_last_good_answer(said: list[str]) -> None:
+    one = supervise(said, [None, None, GOOD, *[None] * 5, GOOD, *[None] * 7, GOOD], [KeyboardInterrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert said[1] == "the public model has not answered for 7 s; starting it again"
+    assert Server.made[0].did == ["start", "kill", "stop"]
+
+
+def test_a_loop_that_stands_still_is_ended(said: list[str]) -> None:
+    one = supervise(said, [GOOD, {"stalled_s": 29.0}, {"stalled_s": 31.0}], [KeyboardInterrupt()], stalled=30.0)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert said[1] == "the denoising loop has stood still for 31 s; starting it again"
+
+
+def test_a_server_that_dies_again_and_again_is_given_up(said: list[str]) -> None:
+    one = supervise(said, *[[GOOD]] * 4, restarts=3)
+    with pytest.raises(ServerStartError, match=r"died \(exit code 1\), after 3 new starts in 600 s(.|\n)*the end"):
+        one.run()
+    assert len(Server.made) == 4
+
+
+def test_one_that_dies_now_and_then_is_not(said: list[str]) -> None:
+    one = supervise(said, *[[GOOD] * 301] * 8, [KeyboardInterrupt()], restarts=3)
+    with pytest.raises(KeyboardInterrupt):
+        one.run()
+    assert len(Server.made) == 9
+
+
+def test_the_end_drains_only_a_server_that_serves(said: list[str]) -> None:
+    one = supervise(said, [GOOD], grace=7.0)
+    one.stop()
+    assert Server.made[0].did == ["start", "drain 7", "stop 3"]
+    Server.made[0].is_ready = False
+    one.stop()
+    assert Server.made[0].did[3:] == ["stop"]
+
+
+def test_the_key_is_made_once_and_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DIFFUSERVE_SNAPSHOT_KEY", raising=False)
+    first, second = (with_snapshot_key(ServerOptions(tmp_path, environment={"A": "b"})) for _ in range(2))
+    assert first.environment == second.environment
+    assert len(first.environment["DIFFUSERVE_SNAPSHOT_KEY"]) == 64
+    assert (tmp_path / SNAPSHOT_KEY_FILE).stat().st_mode & 0o777 == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == [SNAPSHOT_KEY_FILE]
+    assert with_snapshot_key(ServerOptions(tmp_path / "none")).environment != first.environment
+    monkeypatch.setenv("DIFFUSERVE_SNAPSHOT_KEY", "of the whole fleet")
+    assert with_snapshot_key(ServerOptions(tmp_path)).environment["DIFFUSERVE_SNAPSHOT_KEY"] == "of the whole fleet"
+    monkeypatch.setenv("DIFFUSERVE_SNAPSHOT_KEY", "short")
+    with pytest.raises(ServerSetupError, match="has 5 characters, and needs 16"):
+        with_snapshot_key(ServerOptions(tmp_path))
