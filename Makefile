@@ -69,9 +69,9 @@ export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM
 		$(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(if $(MEMORY_BUDGET),--memory-budget "$(MEMORY_BUDGET)") \
 		$(if $(CUDA_GRAPHS),--cuda-graphs) $(if $(PROVIDER),--provider "$(PROVIDER)")
 
-serve: $(INSTALLED) ## Serve DEPLOYMENT on loopback until Ctrl-C [HTTP_PORT GRPC_PORT METRICS_PORT]
+serve: $(INSTALLED) ## Serve DEPLOYMENT on loopback until Ctrl-C [HTTP_PORT GRPC_PORT METRICS_PORT GRACE]
 	@exec $(PYTHON) -m diffuserve.server --deployment "$(DEPLOYMENT)" \
-		--http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+		--http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(if $(GRACE),--grace $(GRACE))
 
 gpu-check: $(INSTALLED) ## Build for this GPU, compare with ONNX, measure, write build/gpu-check/report.md [CHECKPOINT TARGET PRECISION]
 	$(PYTHON) -m diffuserve_export.gpu_check --checkpoint "$(CHECKPOINT)" --precision "$(PRECISION)" \

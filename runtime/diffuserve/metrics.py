@@ -26,6 +26,7 @@ __all__ = ["METRICS", "BackgroundRegistry", "Metric", "MetricsTelemetry", "Regis
 _log: Final = logging.getLogger(__name__)
 
 DONE: Final = "done"
+SUSPENDED: Final = "suspended"  # it ended with a snapshot
 OTHER: Final = "other"  # the label of a name that is not deployed: it must not make a new series
 
 Labels = tuple[str, ...]
@@ -56,7 +57,7 @@ REFUSED: Final = Metric(
 ENDED: Final = Metric(
     "diffuserve_requests_ended_total",
     "counter",
-    "Accepted requests that got their final response: done, or the code of the error that ended them",
+    "Accepted requests that got their final response: done, suspended (a snapshot), or the code of the error that ended them",
     ("checkpoint", "outcome"),
 )
 CANCELLED: Final = Metric(
@@ -140,7 +141,7 @@ class MetricsTelemetry(Telemetry):
         self._registry = registry
         self._values = {
             "checkpoint": frozenset(checkpoints),
-            "outcome": frozenset((DONE, *_error_codes())),
+            "outcome": frozenset((DONE, SUSPENDED, *_error_codes())),
             "code": frozenset(_error_codes()),
         }
         for metric in METRICS:
