@@ -195,10 +195,15 @@ class TritonMetrics:
 
 
 class TritonReply:
-    """One request's response sender, let go with its last response: Triton cannot unload while one is held."""
+    """One request's response sender, let go with its last response: Triton cannot unload while one is held.
+
+    Triton frees what a question about cancelling reads when the last response is sent: asking meanwhile ends the
+    server's process with a segmentation fault. Hence the lock.
+    """
 
     def __init__(self, sender: Any, watch: CancelWatch) -> None:
         self._sender: Any = sender
+        self._lock = threading.Lock()
         self._cancelled = False
         self._watch = watch
         watch.add(self)
@@ -217,16 +222,19 @@ class TritonReply:
         return self._cancelled or self._sender is None
 
     def ask(self) -> bool:
-        sender = self._sender
-        self._cancelled = sender is None or bool(sender.is_cancelled())
-        return not self._cancelled
+        with self._lock:
+            if self._sender is None:
+                return False
+            self._cancelled = bool(self._sender.is_cancelled())
+            return not self._cancelled
 
     def _send(self, response: Any, final: bool) -> None:
-        sender = self._sender
-        if final:
-            self._sender = None
-            self._watch.discard(self)
-        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+        with self._lock:
+            sender = self._sender
+            if final:
+                self._sender = None
+                self._watch.discard(self)
+            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
 
 def _milliseconds(variable: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -105,3 +106,39 @@ def test_the_loop_s_device_follows_the_export_and_the_instance(
     deployment = SimpleNamespace(checkpoints=("a",), manifest=lambda name: SimpleNamespace(target=target))
     arguments = {"model_instance_kind": kind, "model_instance_device_id": "3" if kind == "GPU" else "0"}
     assert str(triton._device(deployment, arguments)) == expected
+
+
+class Sender:
+    """A response sender that must never be asked while, or after, it sends the last response."""
+
+    def __init__(self) -> None:
+        self.sending, self.may_end, self.asked_late = threading.Event(), threading.Event(), False
+
+    def is_cancelled(self) -> bool:
+        self.asked_late |= self.sending.is_set()
+        return False
+
+    def send(self, response: Any, flags: int) -> None:  # noqa: ARG002 - Triton's signature
+        self.sending.set()
+        assert self.may_end.wait(10)
+
+
+def test_nobody_asks_for_cancelling_while_the_last_response_is_sent(triton: Any) -> None:
+    vars(sys.modules["triton_python_backend_utils"]).update(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1)
+    watch, sender = triton.CancelWatch(), Sender()
+    try:
+        reply = triton.TritonReply(sender, watch)
+        ending = threading.Thread(target=lambda: reply._send(None, final=True))
+        ending.start()
+        assert sender.sending.wait(10)
+        asking = threading.Thread(target=reply.ask)
+        asking.start()
+        asking.join(0.05)
+        assert asking.is_alive()
+        sender.may_end.set()
+        asking.join(10)
+        ending.join(10)
+        assert not sender.asked_late
+        assert reply.is_cancelled()
+    finally:
+        watch.close()
