@@ -57,7 +57,8 @@ REFUSED: Final = Metric(
 ENDED: Final = Metric(
     "diffuserve_requests_ended_total",
     "counter",
-    "Accepted requests that got their final response: done, suspended (a snapshot), or the code of the error that ended them",
+    "Accepted requests that got their final response: done, suspended (a snapshot), or the code of the error that "
+    "ended them",
     ("checkpoint", "outcome"),
 )
 CANCELLED: Final = Metric(

@@ -118,7 +118,7 @@ class Sender:
         self.asked_late |= self.sending.is_set()
         return False
 
-    def send(self, response: Any, flags: int) -> None:  # noqa: ARG002 - Triton's signature
+    def send(self, response: Any, flags: int) -> None:
         self.sending.set()
         assert self.may_end.wait(10)
 
