@@ -40,6 +40,7 @@ class Case(NamedTuple):
     steps: int
     eta: float = 0.0
     options: Options = ()
+    strength: float | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -61,6 +62,10 @@ def _every_case() -> Iterator[Case]:
                         yield Case(sampler, schedule, prediction, steps)
         for spacing in SPACINGS:
             yield Case(sampler, None, "epsilon", 10, options=(("timestep_spacing", spacing),))
+        for strength in (0.3, 0.7, 1.0):
+            for steps in (4, 10, 20):
+                yield Case(sampler, None, "epsilon", steps, strength=strength)
+        yield Case(sampler, "normal", "v_prediction", 20, strength=0.5)
     for sampler in ("ddim", "tcd"):
         for eta in (0.3, 1.0):
             for steps in (1, 4, 20):
@@ -92,6 +97,12 @@ def _outputs(case: Case, evaluations: int) -> torch.Tensor:
 
 
 @cache
+def _image(case: Case) -> torch.Tensor:
+    """The latents of a given picture."""
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(10_000 + CASES[case]), dtype=torch.float64)
+
+
+@cache
 def _scheduler(sampler: str, schedule: str | None, config: Options) -> Any:
     return make_scheduler(dict(config), SAMPLERS[sampler], schedule)
 
@@ -101,8 +112,12 @@ def _by_diffusers(case: Case, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """diffusers' own loop; noise as its float32 pipelines draw it, so that a generator gives the same."""
     scheduler = copy.deepcopy(_scheduler(case.sampler, case.schedule, tuple(case.config.items())))
     scheduler.set_timesteps(case.steps)
+    # As StableDiffusionImg2ImgPipeline.get_timesteps.
+    strength = 1.0 if case.strength is None else case.strength
+    begin = max(case.steps - min(int(case.steps * strength), case.steps), 0) * scheduler.order
+    timesteps = scheduler.timesteps[begin:]
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(begin)
     generator = torch.Generator().manual_seed(CASES[case])
     first = torch.randn((1, *SHAPE), generator=generator)
     takes = inspect.signature(scheduler.step).parameters
@@ -114,22 +129,26 @@ def _by_diffusers(case: Case, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False)
-        x = first.double() * float(scheduler.init_noise_sigma)
-        outputs = _outputs(case, len(scheduler.timesteps))
-        for k, t in enumerate(scheduler.timesteps):
+        if case.strength is None:
+            x = first.double() * float(scheduler.init_noise_sigma)
+        else:
+            x = scheduler.add_noise(_image(case)[None], first.double(), timesteps[:1])
+        outputs = _outputs(case, len(timesteps))
+        for k, t in enumerate(timesteps):
             scheduler.scale_model_input(x, t)
             x = scheduler.step(outputs[k][None], t, x, return_dict=False, **options)[0].double()
     return x[0]
 
 
 def _track(case: Case, compiler: TrajectoryCompiler) -> Track:
-    trajectory = compiler(case.sampler, case.steps, case.schedule, case.eta)
+    trajectory = compiler(case.sampler, case.steps, case.schedule, case.eta, case.strength)
     generator = torch.Generator().manual_seed(CASES[case])
     return Track(
         group=Group("any", 3, 5),
         trajectory=trajectory,
         guidance_scale=1.0,
-        latents=torch.randn((1, *SHAPE), generator=generator)[0] * trajectory.initial_scale,
+        latents=torch.randn((1, *SHAPE), generator=generator)[0] * trajectory.initial_scale
+        + _image(case).float() * trajectory.image_scale,
         conditioning={"encoder_hidden_states": torch.zeros(1, 2, 2)},
         generator=generator,
     )
@@ -175,3 +194,16 @@ def test_zero_terminal_snr_is_refused_where_diffusers_has_none(sampler: str) -> 
     compiler = TrajectoryCompiler({**REFERENCE, "_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True})
     with pytest.raises(UnsupportedError, match="zero terminal SNR"):
         compiler(sampler, 10)
+
+
+def test_strength_decides_how_many_steps_are_left() -> None:
+    compiler = TrajectoryCompiler(REFERENCE)
+    whole, late = compiler("heun", 20), compiler("heun", 20, strength=0.3)
+    assert (late.steps, late.strength, late.evaluations) == (6, 0.3, 11)
+    assert late.steps_done.tolist()[-1] == 6
+    assert late.timestep.tolist() == whole.timestep.tolist()[-11:]
+    assert 0 < late.initial_scale < whole.initial_scale
+    assert (whole.strength, whole.image_scale) == (None, 0.0)
+    assert compiler("ddim", 20, strength=1.0).image_scale > 0
+    with pytest.raises(UnsupportedError, match=r"strength 0\.04 of 20 steps leaves no step .* 0\.05 at least"):
+        compiler("ddim", 20, strength=0.04)

@@ -162,9 +162,9 @@ def _noise_level(scheduler: Any, position: int, timestep: float, works_unscaled:
 
 
 @torch.inference_mode()
-def _run_scheduler(scheduler: Any, step_options: Mapping[str, Any]) -> list[_Evaluation]:
-    """Every evaluation of the scheduler's trajectory, on coefficient vectors."""
-    timesteps = list(scheduler.timesteps)
+def _run_scheduler(scheduler: Any, begin: int, step_options: Mapping[str, Any]) -> list[_Evaluation]:
+    """Every evaluation of the scheduler's trajectory from timestep number `begin` on, on coefficient vectors."""
+    timesteps = list(scheduler.timesteps[begin:])
     size = 1 + len(timesteps) + 2 * len(timesteps)
     shape = (1, 1, 1, size)  # some schedulers want a picture's four dimensions
     x = torch.zeros(shape, dtype=torch.float64)
@@ -186,7 +186,7 @@ def _run_scheduler(scheduler: Any, step_options: Mapping[str, Any]) -> list[_Eva
                 )
             # Schedulers that keep an index have moved it on by now; the others walk their timesteps in order.
             index = getattr(scheduler, "step_index", None)
-            position = k if index is None else int(index) - 1
+            position = begin + k if index is None else int(index) - 1
             alpha, sigma = _noise_level(scheduler, position, float(t), float(scheduler.init_noise_sigma) != 1.0)
             noises = tuple(noise.flatten().numpy() for noise in drawn[already:])
             vectors = (tensor.to(torch.float64).flatten().numpy() for tensor in (x, output, after))
@@ -284,21 +284,32 @@ def _best_fit(evaluations: list[_Evaluation], prediction: str) -> _Fit:
 
 
 def compile_trajectory(
-    scheduler: Any, steps: int, sampler: str, *, schedule: str | None = None, **step_options: Any
+    scheduler: Any,
+    steps: int,
+    sampler: str,
+    *,
+    schedule: str | None = None,
+    strength: float | None = None,
+    **step_options: Any,
 ) -> Trajectory:
     """The table of a diffusers scheduler over `steps` denoising steps.
 
-    `step_options` go to the scheduler's `step()` (eta). Raises CompileError, naming the option or the residual,
-    where the scheduler cannot be expressed. Leaves the scheduler changed.
+    With `strength`, above 0 to 1, the table begins at a given picture: with the last int(steps * strength) of the
+    steps, as diffusers' image-to-image pipelines do (Meng et al. 2021, SDEdit). `step_options` go to the scheduler's
+    `step()` (eta). Raises CompileError, naming the option or the residual, where the scheduler cannot be expressed,
+    or where the strength leaves no step. Leaves the scheduler changed.
     """
     _refuse_by_config(scheduler, steps, sampler)
     with _naming_diffusers(scheduler, steps, sampler):
         scheduler.set_timesteps(steps)
+        skipped = 0 if strength is None else _skipped(steps, strength)
+        begin = skipped * scheduler.order
         if hasattr(scheduler, "set_begin_index"):
             # Else the first timestep is looked up, and found one too late where rounding made the second equal to it.
-            scheduler.set_begin_index(0)
+            scheduler.set_begin_index(begin)
+        image_scale, noise_scale = _first_scales(scheduler, strength, begin)
         _integrate_quickly(scheduler)
-        evaluations = _run_scheduler(scheduler, step_options)
+        evaluations = _run_scheduler(scheduler, begin, step_options)
     fit = _best_fit(evaluations, scheduler.config.get("prediction_type", "epsilon"))
     if fit.failed_at is not None:
         raise CompileError(
@@ -309,12 +320,35 @@ def compile_trajectory(
         )
     return Trajectory(
         sampler=sampler,
-        steps=steps,
+        steps=steps - skipped,
         schedule=schedule,
         eta=float(step_options.get("eta", 0.0)),
-        initial_scale=float(scheduler.init_noise_sigma),
-        **_table(evaluations, fit, steps),
+        strength=strength,
+        image_scale=image_scale,
+        initial_scale=noise_scale,
+        **_table(evaluations, fit, steps - skipped),
     )
+
+
+def _skipped(steps: int, strength: float) -> int:
+    left = min(int(steps * strength), steps)
+    if left < 1:
+        raise CompileError(
+            f"strength {strength:g} of {steps} steps leaves no step to be made; give a strength of {1 / steps:.3g} at "
+            "least, or more steps",
+            strength=strength,
+            steps=steps,
+        )
+    return steps - left
+
+
+def _first_scales(scheduler: Any, strength: float | None, begin: int) -> tuple[float, float]:
+    """What a picture's latents and standard noise are multiplied by to give the first x."""
+    if strength is None:
+        return 0.0, float(scheduler.init_noise_sigma)
+    axes = torch.eye(2, dtype=torch.float64).reshape(1, 2, 1, 2)  # the picture's and the noise's
+    first = scheduler.add_noise(axes[:, :1], axes[:, 1:], scheduler.timesteps[begin : begin + 1]).flatten()
+    return float(first[0]), float(first[1])
 
 
 def _table(evaluations: list[_Evaluation], fit: _Fit, steps: int) -> dict[str, Any]:

@@ -44,20 +44,32 @@ class TrajectoryCompiler:
         check_choice(self._own.config, SAMPLERS[name], schedule, eta)
         return name, schedule
 
-    def __call__(self, sampler: str | None, steps: int, schedule: str | None = None, eta: float = 0.0) -> Trajectory:
-        """The table, which takes some milliseconds the first time. Raises CompileError where it cannot be made."""
+    def __call__(
+        self,
+        sampler: str | None,
+        steps: int,
+        schedule: str | None = None,
+        eta: float = 0.0,
+        strength: float | None = None,
+    ) -> Trajectory:
+        """The table, which takes some milliseconds the first time; with `strength` it begins at a given picture.
+
+        Raises CompileError where it cannot be made.
+        """
         name, schedule = self.choose(sampler, schedule, eta)
-        compiled = self._compiled(name, steps, schedule, eta)
+        compiled = self._compiled(name, steps, schedule, eta, strength)
         if isinstance(compiled, CompileError):
             raise CompileError(compiled.message, **compiled.detail)
         return compiled
 
-    def _compile(self, name: str, steps: int, schedule: str | None, eta: float) -> Trajectory | CompileError:
+    def _compile(
+        self, name: str, steps: int, schedule: str | None, eta: float, strength: float | None
+    ) -> Trajectory | CompileError:
         sampler = SAMPLERS[name]
         options = {"eta": eta} if sampler.takes_eta else {}
         try:
             scheduler = copy.deepcopy(self._scheduler(name, schedule))
-            return compile_trajectory(scheduler, steps, name, schedule=schedule, **options)
+            return compile_trajectory(scheduler, steps, name, schedule=schedule, strength=strength, **options)
         except CompileError as error:
             # Kept, so that a refusal costs its time once; without the traceback and what that holds.
             return CompileError(error.message, **error.detail)

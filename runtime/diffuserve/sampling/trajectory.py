@@ -38,6 +38,8 @@ class Trajectory:
     draws         how many times standard noise is drawn; n is the last draw
     steps_done    how many denoising steps are complete after the evaluation (Heun's two evaluations are one step)
     initial_scale what standard noise is multiplied by to give the first x
+    image_scale   what a given picture's latents are multiplied by and added to it; 0 where there is none
+    strength      how much of the schedule is left to a given picture, above 0 to 1; None where there is none
     schedule      the sigma schedule; None is what the checkpoint's config says
     residual      the largest relative error with which the table makes diffusers' own step
     """
@@ -47,6 +49,8 @@ class Trajectory:
     schedule: str | None = None
     eta: float = 0.0
     residual: float = 0.0
+    strength: float | None = None
+    image_scale: float = 0.0
     initial_scale: float
     timestep: Vector
     input_scale: Vector
