@@ -36,6 +36,8 @@ class GenerateParameters(ResumeParameters, total=False):
     eta: float
     seed: int
     num_images: int
+    init_image: bytes
+    strength: float
     image_format: str
 
 

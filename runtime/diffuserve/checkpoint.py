@@ -13,11 +13,12 @@ from diffuserve.components import ComponentRunner, blank_inputs, cast_inputs, ch
 from diffuserve.conditioning import Conditioner
 from diffuserve.engine import Group
 from diffuserve.errors import InvalidArgumentError, UnsupportedError
+from diffuserve.images import pixels_from_image, read_image
 from diffuserve.manifest import Deployment, Manifest
-from diffuserve.request import RANDOM_SEED, GenerateRequest, ResolvedRequest
+from diffuserve.request import DEFAULT_STRENGTH, RANDOM_SEED, GenerateRequest, ResolvedRequest
 from diffuserve.sampling import Trajectory, TrajectoryCompiler
 from diffuserve.snapshot import ImageState
-from diffuserve.spec import LATENTS, PIXELS, SAMPLE_LATENTS, UNET, VAE_DECODER
+from diffuserve.spec import LATENTS, PIXELS, SAMPLE_LATENTS, UNET, VAE_DECODER, VAE_ENCODER
 
 __all__ = ["Checkpoint"]
 
@@ -51,6 +52,17 @@ class Checkpoint:
                 input="checkpoint",
             )
         width, height = request.width, request.height
+        image = read_image("init_image", request.init_image) if request.init_image else None
+        if image is None and request.strength != DEFAULT_STRENGTH:
+            raise InvalidArgumentError(
+                "strength is given without init_image, the picture that it is about; give one, or leave it out",
+                input="strength",
+            )
+        if image is not None:
+            width, height = (
+                manifest.size.fit(side) if asked is None else asked
+                for side, asked in zip(image.size, (width, height), strict=True)
+            )
         width = manifest.size.opt if width is None else width
         height = manifest.size.opt if height is None else height
         manifest.size.check("width", width)
@@ -71,11 +83,13 @@ class Checkpoint:
             sigma_schedule=schedule,
             seed=seed,
             rows=2 if guided else 1,
+            image=image,
         )
 
     def trajectory(self, resolved: ResolvedRequest) -> Trajectory:
         """The table of the request's sampler. Raises CompileError where there is none at these steps."""
-        return self._compile(resolved.sampler, resolved.steps, resolved.sigma_schedule, resolved.eta)
+        strength = resolved.request.strength if resolved.image is not None else None
+        return self._compile(resolved.sampler, resolved.steps, resolved.sigma_schedule, resolved.eta, strength)
 
     def noise(self, resolved: ResolvedRequest, generator: torch.Generator) -> torch.Tensor:
         """Standard noise [C, h, w] float32 of the picture's size, drawn on the CPU as diffusers draws it."""
@@ -97,6 +111,14 @@ class Checkpoint:
     def _latent_shape(self, resolved: ResolvedRequest) -> tuple[int, int, int]:
         factor = self.manifest.latent_scale
         return self.manifest.latent_channels, resolved.height // factor, resolved.width // factor
+
+    def encode(self, resolved: ResolvedRequest, *, trace: object | None = None) -> torch.Tensor:
+        """Mean and standard deviation [2, C, h, w] float32 of the latents of the request's picture."""
+        component = self.manifest.components[VAE_ENCODER]
+        pixels = pixels_from_image(resolved.image, resolved.width, resolved.height)
+        inputs = cast_inputs(component, {PIXELS: pixels[None].contiguous()})
+        moments = check_rows(component, self._runner.run(component, inputs, trace=trace)["moments"], 1)
+        return torch.stack(moments[0].to(device="cpu", dtype=torch.float32).chunk(2))
 
     def decode(self, latents: torch.Tensor, *, trace: object | None = None) -> torch.Tensor:
         """Pixels [3, H, W] of one image's latents [C, h, w]."""

@@ -1,16 +1,26 @@
-"""The VAE's pixels -> an encoded picture."""
+"""The VAE's pixels -> an encoded picture, and a request's encoded picture -> pixels."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import warnings
+from contextlib import suppress
 from io import BytesIO
 from typing import Any, Final
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from diffuserve.errors import ComponentFailedError
+from diffuserve.errors import ComponentFailedError, InvalidArgumentError
 
-__all__ = ["encode_image", "image_from_pixels"]
+__all__ = ["encode_image", "image_from_pixels", "pixels_from_image", "read_image"]
+
+MAX_IMAGE_BYTES: Final = 32 << 20
+MAX_IMAGE_PIXELS: Final = 4096 * 4096
+#: Formats that are read: none of them names files, runs code, or is a page to be drawn.
+_READ: Final = ("PNG", "JPEG", "WEBP")
 
 # High enough that what a viewer sees is the model's picture, not the codec's.
 _SAVE_OPTIONS: Final[dict[str, dict[str, Any]]] = {
@@ -29,6 +39,49 @@ def image_from_pixels(pixels: torch.Tensor) -> Image.Image:
         raise ComponentFailedError("the picture has pixels that are not finite: the engine's precision overflowed")
     levels = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).mul(255).round().to(torch.uint8)
     return Image.fromarray(levels.contiguous().numpy())
+
+
+def read_image(name: str, data: bytes) -> Image.Image:
+    """A picture of a request, RGB and upright. `name` is its input, for the errors; base64 is taken too.
+
+    Raises InvalidArgumentError for what is no PNG, JPEG or WebP, is damaged, or is beyond the limits, which are checked
+    before anything is decoded.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise _refused(name, f"has {len(data)} bytes, and at most {MAX_IMAGE_BYTES} are taken; make it smaller")
+    with suppress(binascii.Error):
+        data = base64.b64decode(data, validate=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            image = Image.open(BytesIO(data), formats=_READ)
+    except Image.DecompressionBombError as error:
+        raise _refused(
+            name, f"has more pixels than the {MAX_IMAGE_PIXELS} in all that are taken; make it smaller"
+        ) from error
+    except Exception as error:
+        raise _refused(name, f"is no picture in {', '.join(_READ)}; convert it") from error
+    width, height = image.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise _refused(
+            name, f"has {width} x {height} pixels, and at most {MAX_IMAGE_PIXELS} in all are taken; make it smaller"
+        )
+    try:
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # whatever a damaged file makes a codec raise
+        raise _refused(name, f"cannot be decoded ({error}); send the whole file") from error
+
+
+def pixels_from_image(image: Image.Image, width: int, height: int) -> torch.Tensor:
+    """Pixels [3, height, width] float32 in -1 to 1, resized as diffusers' VaeImageProcessor does."""
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    levels = torch.from_numpy(np.array(image, dtype=np.float32))
+    return (levels / 255).permute(2, 0, 1) * 2 - 1
+
+
+def _refused(name: str, reason: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{name} {reason}", input=name)
 
 
 def encode_image(image: Image.Image, image_format: str) -> bytes:

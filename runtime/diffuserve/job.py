@@ -108,7 +108,7 @@ class Job:
         }
         if track.steps_before:
             info["resumed_at_step"] = track.steps_before
-        self._send(self._event("image", index, self.resolved.steps, data, info), image=True)
+        self._send(self._event("image", index, self.beginning.trajectory.steps, data, info), image=True)
 
     def fail(self, error: BaseException) -> None:
         ours = error if isinstance(error, DiffuserveError) else InternalError(f"a bug in the server: {error!r}")
@@ -140,7 +140,7 @@ class Job:
             kind=kind,
             index=index,
             step=step,
-            steps=resolved.steps,
+            steps=self.beginning.trajectory.steps,
             seed=resolved.seed + index,
             data=base64.b64encode(data) if resolved.request.image_encoding == "base64" else data,
             info=info,

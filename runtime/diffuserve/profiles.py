@@ -44,6 +44,10 @@ class Range:
                 step=self.step,
             )
 
+    def fit(self, value: int) -> int:
+        """The largest value of the range that is not above `value`, or its smallest."""
+        return min(self.max, max(self.min, value // self.step * self.step))
+
     def __contains__(self, value: int) -> bool:
         return self.min <= value <= self.max and value % self.step == 0
 

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from diffuserve.errors import InvalidArgumentError
 
 __all__ = [
+    "DEFAULT_STRENGTH",
     "EVENT_KINDS",
     "IMAGE_ENCODINGS",
     "IMAGE_FORMATS",
@@ -32,6 +33,7 @@ MAX_IMAGES: Final = 16
 MAX_PRIORITY: Final = 100
 MAX_DEADLINE_MS: Final = 24 * 3600 * 1000
 MIN_HEARTBEAT_MS: Final = 1000
+DEFAULT_STRENGTH: Final = 0.8  # as in the protocol; also of diffusers' image-to-image
 MAX_SEED: Final = 2**63 - 1
 RANDOM_SEED: Final = -1
 IMAGE_FORMATS: Final = ("png", "jpeg", "webp")
@@ -40,6 +42,7 @@ IMAGE_ENCODINGS: Final = ("binary", "base64")
 EventKind = Literal["queued", "progress", "image", "snapshot", "heartbeat", "status"]
 EVENT_KINDS: Final[tuple[EventKind, ...]] = ("queued", "progress", "image", "snapshot", "heartbeat", "status")
 
+_BYTES: Final = ("init_image", "resume")
 #: What may be asked of a request that is resumed; all else is in its snapshot.
 _BESIDE_RESUME: Final = ("progress_every", "heartbeat_ms", "image_encoding", "priority", "deadline_ms", "client_tag")
 
@@ -91,6 +94,7 @@ def _check_text(name: str, value: str, limit: int) -> None:
 class GenerateRequest:
     """One request for pictures. None means: the checkpoint's own value.
 
+    `init_image` is an encoded picture to begin with, or none, and `strength` how much of it is made anew.
     `resume` is a snapshot's bytes, or none; with one, everything but how it is answered is the snapshot's.
 
     Raises InvalidArgumentError with the value, the limit and the remedy.
@@ -109,6 +113,8 @@ class GenerateRequest:
     eta: float = 0.0
     seed: int = RANDOM_SEED
     num_images: int = 1
+    init_image: bytes = b""
+    strength: float = DEFAULT_STRENGTH
     progress_every: int = 0
     heartbeat_ms: int = 0
     image_format: str = "png"
@@ -135,6 +141,13 @@ class GenerateRequest:
             _check_range("guidance_scale", self.guidance_scale, 0, 50)
         _check_range("guidance_rescale", self.guidance_rescale, 0, 1)
         _check_range("eta", self.eta, 0, 1)
+        if self.strength == 0:
+            raise InvalidArgumentError(
+                "strength is 0, which would leave the picture as it is; it must be above 0, to 1",
+                input="strength",
+                value=0,
+            )
+        _check_range("strength", self.strength, 0, 1)
         _check_range("num_images", self.num_images, 1, MAX_IMAGES)
         _check_range("seed", self.seed, RANDOM_SEED, MAX_SEED, "-1 lets the server draw one")
         if self.seed + self.num_images - 1 > MAX_SEED:
@@ -172,8 +185,8 @@ class GenerateRequest:
         return tuple(field.name for field in fields(cls))
 
     def parameters(self) -> dict[str, Any]:
-        """Every field by its name but `resume`, as JSON can hold it: what makes the request again."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "resume"}
+        """Every field that JSON can hold, by its name: what makes the request again, but for pictures and snapshots."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _BYTES}
 
     def answered_as(self, other: GenerateRequest) -> GenerateRequest:
         """The same pictures, reported and scheduled as `other` asks."""
@@ -185,7 +198,7 @@ class ResolvedRequest:
     """A request with nothing left to default: what `info` reports, and what makes the same picture again.
 
     `rows` is how many rows each of its images has in a UNet call: with guidance 2, the prompt's and the negative
-    prompt's.
+    prompt's. `image` is the decoded `init_image`, a PIL picture, or None.
     """
 
     request: GenerateRequest
@@ -198,6 +211,7 @@ class ResolvedRequest:
     sigma_schedule: str | None
     seed: int
     rows: int
+    image: Any = None
 
     @property
     def eta(self) -> float:

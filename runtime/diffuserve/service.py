@@ -119,7 +119,7 @@ class DiffusionService:
         job.pack = partial(encode_snapshot, key=self._key)
         with self._lock:
             if self._draining:
-                raise DrainingError("the server is being shut down and takes no new requests; send it to another one")
+                raise _draining()
             present = [demand for other in self._jobs for demand in other.present()]
             job.eta = self._policy.admit(job.demands, present, job.accepted_at, job.deadline)
             self._jobs.add(job)
@@ -140,7 +140,10 @@ class DiffusionService:
             self._changed.wait_for(lambda: not self._jobs, grace)
             unprepared, self._unprepared = self._unprepared, []
         for job in unprepared:
-            job.suspend(*job.beginning.images)
+            if job.resolved.image is None:
+                job.suspend(*job.beginning.images)
+            else:  # a snapshot would have to hold its picture
+                job.fail(_draining())
         self.loop.suspend()
         with self._changed:
             self._changed.wait_for(lambda: not self._jobs)
@@ -261,7 +264,8 @@ class DiffusionService:
             return taken
 
     def _join(self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor]) -> None:
-        tracks = [self._track(checkpoint, job, conditioning, image) for image in job.beginning.images]
+        picture = checkpoint.encode(job.resolved, trace=job.trace) if job.resolved.image is not None else None
+        tracks = [self._track(checkpoint, job, conditioning, image, picture) for image in job.beginning.images]
         job.ready_at = time.monotonic()
         job.tracks = tuple(tracks)
         self.loop.join(tracks)
@@ -279,22 +283,33 @@ class DiffusionService:
         return True
 
     def _track(
-        self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor], image: ImageState
+        self,
+        checkpoint: Checkpoint,
+        job: Job,
+        conditioning: Mapping[str, torch.Tensor],
+        image: ImageState,
+        picture: torch.Tensor | None,
     ) -> Track:
+        """`picture` is the mean and the standard deviation of a given picture's latents."""
         resolved, trajectory = job.resolved, job.beginning.remaining(image)
         generator = torch.Generator().manual_seed(resolved.seed + image.index)
-        latents = checkpoint.noise(resolved, generator) * trajectory.initial_scale
-        for _ in range(1, image.draws):
-            checkpoint.noise(resolved, generator)
+        draw = partial(checkpoint.noise, resolved, generator)
+        if image.draws:
+            latents, first_draws = image.latents, image.draws
+            for _ in range(first_draws):
+                draw()
+        else:  # in diffusers' order: the picture's latents, then the noise
+            given = 0.0 if picture is None else trajectory.image_scale * (picture[0] + picture[1] * draw())
+            latents, first_draws = draw() * trajectory.initial_scale + given, 1 if picture is None else 2
 
         def on_latents(latents: torch.Tensor) -> None:
             job.stepped_at = time.monotonic()
-            draw = partial(self._guarded, job, lambda: self._picture(checkpoint, job, track, image.index, latents))
-            if not self._finish.submit(job.urgency, draw):
+            finish = partial(self._guarded, job, lambda: self._picture(checkpoint, job, track, image.index, latents))
+            if not self._finish.submit(job.urgency, finish):
                 job.fail(_shutting_down())
 
         def on_suspend(latents: torch.Tensor, history: torch.Tensor) -> None:
-            draws = max(1, image.draws) + int(trajectory.draws[: track.evaluation].sum())
+            draws = first_draws + int(trajectory.draws[: track.evaluation].sum())
             evaluation, steps = image.evaluation + track.evaluation, track.steps_done(track.evaluation)
             job.suspend(ImageState(image.index, evaluation, steps, draws, latents, history))
 
@@ -303,7 +318,7 @@ class DiffusionService:
             trajectory=trajectory,
             guidance_scale=resolved.guidance_scale,
             guidance_rescale=resolved.request.guidance_rescale,
-            latents=image.latents if image.draws else latents,
+            latents=latents,
             history=image.history if image.draws else None,
             steps_before=image.steps,
             conditioning=conditioning,
@@ -338,6 +353,10 @@ def _demands(beginning: Snapshot) -> list[Demand]:
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def _draining() -> DrainingError:
+    return DrainingError("the server is being shut down and takes no new requests; send it to another one")
 
 
 def _shutting_down() -> CancelledError:

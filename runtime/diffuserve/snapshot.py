@@ -151,7 +151,9 @@ def _unpacked(tensor: torch.Tensor, limit: int) -> bytes:
 
 
 def _facts(snapshot: Snapshot) -> bytes:
-    resolved = {one.name: getattr(snapshot.resolved, one.name) for one in fields(snapshot.resolved)}
+    resolved = {
+        one.name: getattr(snapshot.resolved, one.name) for one in fields(snapshot.resolved) if one.name != "image"
+    }
     facts = {
         "resolved": {**resolved, "request": snapshot.resolved.request.parameters()},
         "weights": snapshot.weights,

@@ -194,6 +194,8 @@ def _scalar(spec: TensorSpec, array: Array) -> Any:
             maximum=1,
         )
     value = array.reshape(-1)[0]
+    if spec.datatype == "FP32":
+        return float(str(value))  # the number that was meant: 10 * 0.7 is 7, and 10 * 0.699999988 is less
     if spec.datatype != "BYTES":
         return value.item()
     if spec.name in _BINARY:

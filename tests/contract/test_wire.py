@@ -59,6 +59,8 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
         sampler=draw(NAME),
         seed=draw(st.integers(-1, MAX_SEED - num_images + 1)),
         num_images=num_images,
+        init_image=draw(st.binary()),
+        strength=draw(st.floats(0.001, 1)),
         progress_every=draw(st.integers(0, 150)),
         image_format=draw(st.sampled_from(IMAGE_FORMATS)),
         image_encoding=draw(st.sampled_from(IMAGE_ENCODINGS)),
@@ -113,7 +115,16 @@ def test_a_request_survives_the_wire(original: GenerateRequest) -> None:
     for name, array in tensors.items():
         assert array.shape == (1,)
         assert array.dtype == DTYPES[datatypes[name]]
-    assert decode_request(tensors) == original
+    came = decode_request(tensors)
+    for field in GenerateRequest.field_names():
+        sent, got = getattr(original, field), getattr(came, field)
+        assert got == (pytest.approx(sent, rel=1e-7) if isinstance(sent, float) else sent)
+
+
+@pytest.mark.parametrize("typed", [0.7, 0.3, 0.29, 1.0, 0.05])
+def test_a_decimal_fraction_comes_as_it_was_typed(typed: float) -> None:
+    came = decode_request(encode_request(GenerateRequest(prompt="a", strength=typed, guidance_rescale=typed)))
+    assert (came.strength, came.guidance_rescale) == (typed, typed)
 
 
 def test_what_is_not_asked_for_is_not_sent() -> None:
