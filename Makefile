@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine check format export serve gpu-check bench-serving bench-engine clean
+.PHONY: help install demo test accept-engine accept-requests check format export serve gpu-check bench-serving bench-engine clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,7 +43,10 @@ test: $(INSTALLED) ## All tests but the long ones, real Triton included
 	$(PYTHON) -m pytest --ignore tests/acceptance
 
 accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests that fail and cancel, 200 random mixes
-	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_engine_soak.py tests/acceptance/test_same_picture_in_any_company.py
+
+accept-requests: $(INSTALLED) ## Snapshots after every step of five samplers, and servers that hand over to and fro
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py
 
 check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift
 	$(VENV)/bin/ruff format --check
@@ -67,7 +70,11 @@ export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM
 		$(if $(NAME),--name "$(NAME)") $(if $(SIZES),--sizes "$(SIZES)") $(if $(MAX_ROWS),--max-rows "$(MAX_ROWS)") \
 		$(if $(COMPUTE_CAPABILITY),--compute-capability "$(COMPUTE_CAPABILITY)") \
 		$(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(if $(MEMORY_BUDGET),--memory-budget "$(MEMORY_BUDGET)") \
-		$(if $(CUDA_GRAPHS),--cuda-graphs) $(if $(PROVIDER),--provider "$(PROVIDER)")
+		$(if $(CUDA_GRAPHS),--cuda-graphs) $(if $(PROVIDER),--provider "$(PROVIDER)") \
+		$(if $(CALIBRATION),--calibration "$(CALIBRATION)") \
+		$(if $(CALIBRATION_STEPS),--calibration-steps "$(CALIBRATION_STEPS)") \
+		$(if $(QUALITY_GATE),--quality-gate "$(QUALITY_GATE)") \
+		$(if $(QUALITY_PICTURES),--quality-pictures "$(QUALITY_PICTURES)")
 
 serve: $(INSTALLED) ## Serve DEPLOYMENT on loopback until Ctrl-C [HTTP_PORT GRPC_PORT METRICS_PORT GRACE]
 	@exec $(PYTHON) -m diffuserve.server --deployment "$(DEPLOYMENT)" \
