@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine accept-requests check format export serve gpu-check bench-serving bench-engine clean
+.PHONY: help install demo test accept-engine accept-families accept-requests check format export serve gpu-check bench-serving bench-engine bench-simulate simulate clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,9 @@ test: $(INSTALLED) ## All tests but the long ones, real Triton included
 
 accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests that fail and cancel, 200 random mixes
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_engine_soak.py tests/acceptance/test_same_picture_in_any_company.py
+
+accept-families: $(INSTALLED) ## Small checkpoints of every family through the whole service, against diffusers
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_families.py
 
 accept-requests: $(INSTALLED) ## Snapshots after every step of five samplers, and servers that hand over to and fro
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py
@@ -91,6 +94,13 @@ bench-serving: $(INSTALLED) ## This service, diffusers behind a lock, and the ba
 bench-engine: $(INSTALLED) ## This service beside other designs, long [QUICK=1 PARTS=closed,open,overload,limit,loop]
 	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes
 	$(PYTHON) bench/engine.py $(if $(QUICK),--quick) $(if $(PARTS),--parts "$(PARTS)")
+
+bench-simulate: $(INSTALLED) ## The real server at three loads beside the simulated one [WRITE_DOCS=1]
+	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes
+	$(PYTHON) bench/simulate.py agree $(if $(WRITE_DOCS),--write-docs)
+
+simulate: $(INSTALLED) ## Simulated servers and fleets: the tables and figures of docs/simulator.md [WRITE_DOCS=1]
+	$(PYTHON) bench/simulate.py tables $(if $(WRITE_DOCS),--write-docs)
 
 clean: ## Remove what was built; the virtual environment and caches stay
 	rm -rf build/deployments build/demo.png dist

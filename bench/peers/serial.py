@@ -17,7 +17,7 @@ from diffuserve.spec import LATENTS, PIXELS, TEXT_ENCODER, UNET, VAE_DECODER
 from peers.common import Made, Places, Serve
 from peers.one_request import Array, OneRequest
 
-__all__ = ["serial"]
+__all__ = ["onnx_model", "serial"]
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -28,7 +28,9 @@ def serial(places: Places) -> Iterator[Serve]:
     steps = OneRequest(deployment)
     components = steps.manifest.components
     used = [components[name] for name in (TEXT_ENCODER, UNET, VAE_DECODER)]
-    runner = InProcessRunner({one.model: _model(deployment.models / one.model / "1" / "model.onnx") for one in used})
+    runner = InProcessRunner(
+        {one.model: onnx_model(deployment.models / one.model / "1" / "model.onnx") for one in used}
+    )
     lock = threading.Lock()
 
     def run(component: str, output: str, **inputs: Array) -> Array:
@@ -51,7 +53,8 @@ def serial(places: Places) -> Iterator[Serve]:
     yield serve
 
 
-def _model(graph: Path) -> Callable[[Tensors], dict[str, torch.Tensor]]:
+def onnx_model(graph: Path) -> Callable[[Tensors], dict[str, torch.Tensor]]:
+    """The graph in ONNX Runtime, as InProcessRunner takes it."""
     session = open_session(graph, threads=0)
     names = [output.name for output in session.get_outputs()]
 

@@ -1,0 +1,165 @@
+"""A small checkpoint of each family, in one deployment, and diffusers' pipelines of the same folders.
+
+They share what they can with the shapes checkpoint, since a graph takes ten to thirty seconds to export: the
+autoencoder always, for SD2 the UNet, for LCM the text encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from conftest import CHECKPOINT
+from diffuserve.manifest import Deployment
+from diffuserve_export import ExportOptions, assembly, export_checkpoint, graphs
+from diffuserve_export.checkpoint import Checkpoint, part_of
+from diffuserve_export.graphs import Graph
+from diffuserve_export.ports import ports_of
+from diffuserve_export.sources import open_checkpoint
+from unit.export.conftest import without_logs
+from unit.export.pipelines import random_pipeline
+
+__all__ = ["FAMILIES", "Families", "export_families"]
+
+#: Of the published SDXL's scheduler, for the samplers that it is not.
+_OTHERS = {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True}
+_TURBO = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+
+
+def _sd21(folder: Path) -> None:
+    """OpenCLIP's activation and padding, and v-prediction."""
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "diffuserve.json").unlink()
+    made = random_pipeline("sd21")
+    config = CLIPTextConfig(**{**made.text_encoder.config.to_dict(), "hidden_size": 64})
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    made.tokenizer.save_pretrained(folder / "tokenizer")
+    _set_scheduler(folder, _config(made.scheduler))
+
+
+def _lcm(folder: Path) -> None:
+    """A UNet that is told the guidance scale."""
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "diffuserve.json").unlink()
+    made = random_pipeline("lcm")
+    unet = diffusers.UNet2DConditionModel.from_config({**made.unet.config, "cross_attention_dim": 64})
+    unet.save_pretrained(folder / "unet")
+    _set_scheduler(folder, _config(made.scheduler))
+
+
+def _sdxl(folder: Path) -> None:
+    """Two text encoders, pooled text and the picture's size."""
+    made = random_pipeline("sdxl")
+    made.save_pretrained(folder)
+    shutil.copytree(CHECKPOINT / "vae", folder / "vae", dirs_exist_ok=True)
+    _set_scheduler(folder, {**_config(made.scheduler), **_OTHERS})
+
+
+def _turbo(folder: Path) -> None:
+    """SDXL's, with Turbo's scheduler."""
+    _sdxl(folder)
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    _set_scheduler(folder, {**config, **_TURBO})
+
+
+def _config(scheduler: Any) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(scheduler.to_json_string())
+    return config
+
+
+def _set_scheduler(folder: Path, config: dict[str, Any]) -> None:
+    """Where diffusers looks, and where the export does."""
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+#: What makes each one's folder, and the precision that it is exported in.
+FAMILIES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "sd15": (lambda folder: shutil.copytree(CHECKPOINT, folder), "fp32"),
+    "sd21": (_sd21, "fp32"),
+    "lcm": (_lcm, "fp32"),
+    "sdxl": (_sdxl, "fp32"),
+    "turbo": (_turbo, "fp32"),
+    "sdxl-half": (_sdxl, "fp16"),
+}
+
+
+class Families:
+    """The folders of the checkpoints, by name."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, name: str) -> Path:
+        folder = self.root / name
+        if not folder.exists():
+            torch.manual_seed(5)
+            FAMILIES[name][0](folder)
+        return folder
+
+    @cache  # noqa: B019 - lives as long as the tests
+    def pipeline(self, name: str, class_name: str) -> Any:
+        """diffusers' own, in float32."""
+        pipeline_class = getattr(diffusers, class_name)
+        options = {} if "XL" in class_name else {"safety_checker": None, "requires_safety_checker": False}
+        pipeline = pipeline_class.from_pretrained(self.folder(name), torch_dtype=torch.float32, **options)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def export_families(families: Families, names: tuple[str, ...], out: Path, shapes: Path) -> Deployment:
+    """Export checkpoints into the deployment `out`, where they are not there already.
+
+    `shapes` is the shapes checkpoint's deployment, whose graphs are not made again.
+    """
+    with pytest.MonkeyPatch.context() as patched, without_logs():
+        patched.setattr(assembly, "graph_from_component", _shared_graphs(shapes, families.root / "graphs"))
+        for name in names:
+            precision = FAMILIES[name][1]
+            options = ExportOptions(checkpoint=str(families.folder(name)), out=out, name=name, precision=precision)
+            export_checkpoint(options)
+    return Deployment.load(out)
+
+
+def _shared_graphs(shapes: Path, store: Path) -> Callable[..., Graph]:
+    """In place of `graph_from_component`: what is the same to the byte is exported once."""
+    known: dict[tuple[str, ...], Graph] = {}
+    opened, store_name = open_checkpoint(CHECKPOINT), "{}-{}.onnx"
+    store.mkdir(exist_ok=True)
+    for component, described in Deployment.load(shapes).manifest("shapes").components.items():
+        path = shapes / "models" / described.model / "1" / "model.onnx"
+        known[_identity(opened, component, "fp32")] = Graph(path, ports_of(opened)[component], "fp32", ())
+
+    def graph(plan: Any, component: str, path: Path, report: Any) -> Graph:
+        identity = _identity(plan.checkpoint, component, plan.precisions[component])
+        if identity not in known:
+            made = graphs.graph_from_component(plan, component, path, report)
+            kept = shutil.copyfile(path, store / store_name.format(component, len(known)))
+            known[identity] = replace(made, path=kept)
+        else:
+            shutil.copyfile(known[identity].path, path)
+        return replace(known[identity], path=path)
+
+    return graph
+
+
+def _identity(checkpoint: Checkpoint, component: str, precision: str) -> tuple[str, ...]:
+    part = checkpoint.parts[part_of(component)]
+    layer = checkpoint.family.hidden_layer if component in checkpoint.family.encoders else 0
+    digest = hashlib.sha256(json.dumps(dict(part.config), sort_keys=True).encode())
+    for file in part.files:
+        digest.update(file.read_bytes())
+    return component, precision, str(layer), digest.hexdigest()
