@@ -6,7 +6,7 @@ answers without it.
 
 from __future__ import annotations
 
-from diffuserve_export.errors import CheckpointError, ExportError, OptionError, VerificationError
+from diffuserve_export.errors import CheckpointError, ExportError, OptionError, QualityError, VerificationError
 from diffuserve_export.export import export_checkpoint
 from diffuserve_export.options import ExportOptions
 from diffuserve_export.report import Report
@@ -16,6 +16,7 @@ __all__ = [
     "ExportError",
     "ExportOptions",
     "OptionError",
+    "QualityError",
     "Report",
     "VerificationError",
     "export_checkpoint",

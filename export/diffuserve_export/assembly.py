@@ -1,4 +1,4 @@
-"""Make everything that an export consists of in one folder. This side of the package needs torch."""
+"""Make everything that an export consists of in one folder. torch works elsewhere: see graph_process."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from diffuserve.manifest import Component, Conditioning, Encoder, Manifest
 from diffuserve.spec import device_kind
 from diffuserve_export.checkpoint import Checkpoint
-from diffuserve_export.component_model import component_model_from_onnx
+from diffuserve_export.component_model import GRAPH_FILE, component_model_from_onnx
 from diffuserve_export.engines.model import GpuModel, check_memory, gpu_model_from_onnx
 from diffuserve_export.engines.profiles import ShapeRanges
-from diffuserve_export.graphs import Graph, graph_from_component
-from diffuserve_export.onnx_graph import GRAPH_FILE
+from diffuserve_export.graph_process import graph_from_component
 from diffuserve_export.report import Report
 from diffuserve_export.tokenizer import tokenizer_file, tokenizer_from_checkpoint
 
 if TYPE_CHECKING:
     from diffuserve_export.export import Plan
+    from diffuserve_export.graphs import Graph
 
 __all__ = ["assemble"]
 
@@ -61,7 +61,9 @@ def _triton_model(plan: Plan, component: str, graph: Graph, folder: Path, report
     if engine is not None:
         sha256, size = engine.sha256, engine.bytes
     inputs, outputs = graph.ports
-    return Component(folder.name, inputs, outputs, sha256, size, engine, graph.precision, graph.float32)
+    return Component(
+        folder.name, inputs, outputs, sha256, size, engine, graph.precision, graph.float32, graph.quantization
+    )
 
 
 def _sha256(files: list[Path]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from diffuserve_export.engines.options import PROVIDERS, EngineOptions
 from diffuserve_export.errors import ExportError
 from diffuserve_export.export import export_checkpoint
 from diffuserve_export.options import DEFAULT_MAX_ROWS, TARGETS, ExportOptions
+from diffuserve_export.quantize import QuantizeOptions
 from diffuserve_export.report import Report
 
 if TYPE_CHECKING:
@@ -23,14 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
+_INTERRUPTED: Final = 130  # as a shell says of what SIGINT ended
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"max_content_width": 120})
 
 
 class ConsoleReport(Report):
-    """Progress while it works, and a table of the errors at the end."""
+    """Progress while it works, lines of it where nobody watches a terminal, and a table of the errors at the end."""
 
     def __init__(self, console: Console, progress: Progress) -> None:
-        self.console, self.progress = console, progress
+        self.console, self.progress, self.start = console, progress, monotonic()
         self.task: Any = None
         self.table = Table("component", "output", "shape", "relative error", title="graphs against torch")
 
@@ -39,6 +42,8 @@ class ConsoleReport(Report):
 
     def stage(self, component: str, stage: str) -> None:
         self.progress.update(self.task, description=f"{stage} {component}")
+        if not self.console.is_terminal:
+            self.note(f"{monotonic() - self.start:6.0f} s  {stage} {component}")
 
     def verified(self, results: list[Verified]) -> None:
         for one in results:
@@ -78,6 +83,16 @@ def main(
         False
     ),
     provider: Annotated[str, typer.Option(help=f"onnxruntime: {' or '.join(PROVIDERS)}")] = PROVIDERS[0],
+    calibration: Annotated[
+        Path | None, typer.Option(help="quantized: a file with a prompt on each line [default: the checkpoint's own]")
+    ] = None,
+    calibration_steps: Annotated[int, typer.Option(help="quantized: steps of a picture; 0: the checkpoint's")] = 0,
+    quality_gate: Annotated[
+        float, typer.Option(help="quantized: the least PSNR of its pictures against float32's, in dB")
+    ] = QuantizeOptions().gate,
+    quality_pictures: Annotated[int, typer.Option(help="quantized: how many are compared; 0: none")] = (
+        QuantizeOptions().pictures
+    ),
 ) -> None:
     """Export a Stable Diffusion checkpoint into a deployment folder that Triton serves."""
     console, start = Console(stderr=False), monotonic()
@@ -102,11 +117,20 @@ def main(
                 cuda_graphs=cuda_graphs,
                 provider=provider,
             ),
+            quantize=QuantizeOptions(
+                calibration=calibration,
+                steps=calibration_steps,
+                gate=quality_gate,
+                pictures=quality_pictures,
+            ),
         )
         report = _run(options, console)
     except ExportError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt:
+        Console(stderr=True).print(f"interrupted: what was in {out} before is as it was", soft_wrap=True)
+        raise typer.Exit(_INTERRUPTED) from None
     if report.table.rows:
         console.print(report.table)
         console.print(f"{options.deployed_name} is in {out} after {monotonic() - start:.0f} s", soft_wrap=True)

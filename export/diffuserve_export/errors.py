@@ -3,14 +3,15 @@
 ExportError                   the root: also what the machine lacks, such as disk; the command ends with exit_code
 ├── OptionError               an option's value is not accepted
 ├── CheckpointError           the checkpoint is missing, damaged, or of a kind that is not exported
-└── VerificationError         a graph does not compute what torch computes
+├── VerificationError         a graph does not compute what torch computes
+└── QualityError              a quantized graph makes other pictures than float32
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-__all__ = ["CheckpointError", "ExportError", "OptionError", "VerificationError"]
+__all__ = ["CheckpointError", "ExportError", "OptionError", "QualityError", "VerificationError"]
 
 
 class ExportError(Exception):
@@ -26,4 +27,8 @@ class CheckpointError(ExportError):
 
 
 class VerificationError(ExportError):
+    exit_code = 1
+
+
+class QualityError(ExportError):
     exit_code = 1

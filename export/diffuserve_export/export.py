@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from diffuserve.manifest import Manifest, Range
+from diffuserve.spec import UNET
 from diffuserve_export.checkpoint import Checkpoint, part_of
 from diffuserve_export.digests import export_key
 from diffuserve_export.engines.device import builder_facts
 from diffuserve_export.engines.options import EngineOptions
 from diffuserve_export.errors import CheckpointError, ExportError
 from diffuserve_export.hub import find_checkpoint
-from diffuserve_export.options import TARGETS, ExportOptions
+from diffuserve_export.options import QUANTIZED, TARGETS, ExportOptions
 from diffuserve_export.ports import row_range, size_range
+from diffuserve_export.quantize import QuantizePlan, plan_quantization
 from diffuserve_export.report import Report
 from diffuserve_export.sources import open_architecture, open_checkpoint, open_single_file
 from diffuserve_export.workspace import locked_workspace
@@ -24,7 +27,9 @@ from diffuserve_export.workspace import locked_workspace
 __all__ = ["Plan", "export_checkpoint", "plan_export"]
 
 _SPARE_BYTES = 64 << 20
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a weight, at most: of a quantized UNet some stay in fp16.
+_BYTES = {"fp32": 4} | dict.fromkeys(("fp16", "bf16", *QUANTIZED), 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ class Plan:
     engine: EngineOptions
     #: What engines are built with and for; nothing where the target has none.
     builder: dict[str, Any]
+    #: None where nothing is quantized.
+    quantize: QuantizePlan | None = None
 
     def facts(self) -> dict[str, Any]:
         """What enters the key besides the checkpoint's files."""
@@ -53,15 +60,29 @@ class Plan:
         ranges = {"size": str(self.size), "rows": str(self.rows), "precisions": dict(self.precisions)}
         engine = {"engine": self.engine.facts(), "builder": self.builder}
         weights = type(self.checkpoint.weights).__name__, getattr(self.checkpoint.weights, "seed", None)
-        return {**options, **ranges, **engine, "family": self.checkpoint.family.name, "weights": weights}
+        quantize = {"quantize": asdict(self.quantize)} if self.quantize else {}
+        return {**options, **ranges, **engine, **quantize, "family": self.checkpoint.family.name, "weights": weights}
+
+    @property
+    def graph_bytes(self) -> dict[str, int]:
+        """Of each component's weights."""
+        parts = {name: self.checkpoint.parts[part_of(name)] for name in self.precisions}
+        return {name: parts[name].parameters * _BYTES[precision] for name, precision in self.precisions.items()}
+
+    @property
+    def engine_bytes(self) -> int:
+        """Of all engines together, about: each holds its weights once for each kind of card. 0 without engines."""
+        return sum(self.graph_bytes.values()) * len(self.builder.get("devices", ()))
 
     @property
     def bytes_needed(self) -> int:
-        """On disk, while it is made: graphs, their engines, and the float32 copy that a bf16 graph is verified by."""
-        counts = {name: self.checkpoint.parts[part_of(name)].parameters for name in self.precisions}
-        kept = sum(counts[name] * _BYTES[precision] for name, precision in self.precisions.items())
-        copies = [counts[name] * 4 for name, precision in self.precisions.items() if precision == "bf16"]
-        return kept * (1 + len(self.builder.get("devices", ()))) + max(copies, default=0) + _SPARE_BYTES
+        """On the deployment's disk, while it is made: what stays, and whatever else there is of one graph at a time.
+
+        That is the graph itself where an engine takes its place, and the float32 copy that a bf16 graph is verified by.
+        """
+        graphs = self.graph_bytes
+        copies = [2 * size for name, size in graphs.items() if self.precisions[name] == "bf16"]
+        return (self.engine_bytes or sum(graphs.values())) + max(*graphs.values(), *copies) + _SPARE_BYTES
 
 
 def export_checkpoint(options: ExportOptions, report: Report | None = None) -> Manifest:
@@ -78,13 +99,22 @@ def export_checkpoint(options: ExportOptions, report: Report | None = None) -> M
             report.note(f"{plan.name} is up to date in {options.out}")
             return manifest
         _check_disk(options.out, plan.bytes_needed)
-        # Imported here because it brings torch: a run that is up to date takes no seconds.
+        _check_disk(options.engine.cache_folder, plan.engine_bytes)
+        # Imported here because it brings transformers: a run that is up to date takes no second.
         from diffuserve_export.assembly import assemble
 
-        with workspace.staging() as staging:
-            manifest = assemble(plan, key, staging, report)
-            workspace.seal(staging, plan.name)
-            workspace.publish(staging, plan.name)
+        try:
+            with workspace.staging() as staging:
+                manifest = assemble(plan, key, staging, report)
+                workspace.seal(staging, plan.name)
+                workspace.publish(staging, plan.name)
+        except OSError as error:
+            if error.errno not in _DISK_IS_FULL:
+                raise
+            raise ExportError(
+                f"{error.filename or options.out} cannot be written: {error.strerror}; the export needs "
+                f"{plan.bytes_needed / 1e9:.2f} GB"
+            ) from error
         return manifest
 
 
@@ -105,6 +135,7 @@ def plan_export(options: ExportOptions) -> Plan:
         rows=row_range(options),
         engine=options.engine,
         builder=builder_facts(options.target, options.engine),
+        quantize=plan_quantization(checkpoint, options.quantize) if options.precision in QUANTIZED else None,
     )
 
 
@@ -118,13 +149,17 @@ def _open(options: ExportOptions) -> Checkpoint:
 
 
 def _precision(checkpoint: Checkpoint, component: str, options: ExportOptions) -> str:
-    if part_of(component) != "vae":
+    if component == UNET:
         return options.precision
+    precision = "fp16" if options.precision in QUANTIZED else options.precision
+    if part_of(component) != "vae":
+        return precision
     wide = checkpoint.family.wide_vae and checkpoint.parts["vae"].config.get("force_upcast", True)
-    return options.vae_precision or ("fp32" if wide else options.precision)
+    return options.vae_precision or ("fp32" if wide else precision)
 
 
 def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    """Raise ExportError where the disk of `folder`, which may have to be made yet, is too full."""
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if free < needed:
         raise ExportError(f"{folder} has {free / 1e9:.2f} GB free, and the export needs {needed / 1e9:.2f} GB")

@@ -11,12 +11,20 @@ from typing import Final
 from diffuserve.spec import FAMILIES, UNET
 from diffuserve_export.checkpoint import SERVING_DEFAULTS
 from diffuserve_export.errors import CheckpointError
+from diffuserve_export.quantize.options import CALIBRATION_FILE
 from diffuserve_export.weight_files import weight_name
 
 __all__ = ["find_checkpoint"]
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SMALL_FILES: Final = ("model_index.json", SERVING_DEFAULTS, "*/config.json", "scheduler/*.json", "tokenizer*/*")
+_SMALL_FILES: Final = (
+    "model_index.json",
+    SERVING_DEFAULTS,
+    CALIBRATION_FILE,
+    "*/config.json",
+    "scheduler/*.json",
+    "tokenizer*/*",
+)
 _PARTS: Final = tuple(dict.fromkeys([UNET, "vae", *(name for one in FAMILIES.values() for name in one.encoders)]))
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from diffuserve.manifest import TensorShape
 from diffuserve_export.errors import ExportError
 from diffuserve_export.ports import Ports
+from diffuserve_export.quantize.layers import pack_int4
 
-__all__ = ["GRAPH_FILE", "onnx_from_component"]
+__all__ = ["onnx_from_component"]
 
-GRAPH_FILE: Final = "model.onnx"
 # A protobuf holds 2 GB at most; above this the weights go into a file beside the graph.
 _LARGEST_IN_GRAPH: Final = 1_500_000_000
 
@@ -50,7 +50,8 @@ def onnx_from_component(module: nn.Module, ports: Ports, example: Sequence[Tenso
         raise ExportError(f"torch could not turn {type(module).__name__} into ONNX: {reason}") from error
     assert program is not None
     _tidy(program.model, inputs, outputs)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    pack_int4(program.model)
+    size = sum(weight.numel() * weight.element_size() for weight in (*module.parameters(), *module.buffers()))
     program.save(str(path), external_data=size > _LARGEST_IN_GRAPH)
     return path
 

@@ -10,16 +10,19 @@ from typing import Final
 from diffuserve.spec import FAMILIES
 from diffuserve_export.engines.options import EngineOptions
 from diffuserve_export.errors import OptionError
+from diffuserve_export.quantize.options import QuantizeOptions
 
-__all__ = ["DEFAULT_OPT_ROWS", "GRAPH_PRECISIONS", "TARGETS", "ExportOptions", "Target"]
+__all__ = ["DEFAULT_OPT_ROWS", "GRAPH_PRECISIONS", "QUANTIZED", "TARGETS", "ExportOptions", "Target"]
 
 DEFAULT_MAX_ROWS: Final = 64
 DEFAULT_OPT_ROWS: Final = 8
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _SIZES: Final = re.compile(r"(\d{1,6}):(\d{1,6}):(\d{1,6})")
-#: Precisions that a graph is exported in; the others are quantized from one.
+#: Precisions of a whole graph.
 GRAPH_PRECISIONS: Final = ("fp32", "fp16", "bf16")
-_PRECISIONS: Final = (*GRAPH_PRECISIONS, "int8", "fp8", "int4")
+#: Precisions of a UNet's layers; what is left of the checkpoint is in fp16.
+QUANTIZED: Final = ("int8", "fp8", "int4")
+_PRECISIONS: Final = (*GRAPH_PRECISIONS, *QUANTIZED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ TARGETS: Final = {
     for target in (
         Target("onnxruntime-cpu", opset=23, precisions=("fp32", "fp16")),
         Target("onnxruntime", opset=18, precisions=GRAPH_PRECISIONS),
-        Target("tensorrt", opset=18, precisions=GRAPH_PRECISIONS),
-        Target("tensorrt-rtx", opset=18, precisions=GRAPH_PRECISIONS),
+        Target("tensorrt", opset=18, precisions=_PRECISIONS),
+        Target("tensorrt-rtx", opset=18, precisions=_PRECISIONS),
     )
 }
 
@@ -55,7 +58,7 @@ class ExportOptions:
     deployment; by default it comes from the checkpoint. `sizes` is "min:opt:max" in pixels, by default what the
     family allows for the checkpoint's own size. `max_rows` bounds the rows of one UNet call. `vae_precision` is the
     autoencoder's, by default `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU
-    targets. Raises OptionError.
+    targets, `quantize` for the quantized precisions. Raises OptionError.
     """
 
     out: Path
@@ -71,6 +74,7 @@ class ExportOptions:
     sizes: str = ""
     max_rows: int = DEFAULT_MAX_ROWS
     engine: EngineOptions = field(default_factory=EngineOptions)
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
 
     def __post_init__(self) -> None:
         self._check_source()
@@ -113,6 +117,11 @@ class ExportOptions:
             built = [f"{one.name} in {precision}" for one in TARGETS.values() for precision in one.precisions]
             raise OptionError(f"not built yet: {self.target} in {lacking[0]}; use {' or '.join(built)}")
         self.engine.check_target(self.target)
+        if self.precision not in QUANTIZED and self.quantize != QuantizeOptions():
+            raise OptionError(
+                "calibration, calibration-steps, quality-gate and quality-pictures are for the precisions "
+                f"{', '.join(QUANTIZED)}, and precision is {self.precision}; leave them out"
+            )
 
     @property
     def deployed_name(self) -> str:

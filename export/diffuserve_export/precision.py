@@ -15,14 +15,16 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffuserve_export.errors import ExportError
 
-__all__ = ["DTYPES", "LIMIT", "Islands", "cast_module", "find_islands", "float32_reference"]
+__all__ = ["DTYPES", "LIMIT", "Islands", "cast_module", "find_islands", "float32_reference", "within_half"]
 
 DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Less than half of what fp16 can hold: calibration sees a few inputs, and users bring others.
 LIMIT: Final = 30_000.0
+_LARGEST_HALF: Final = 65_504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,7 @@ def _watch_scores(name: str, attention: Attention, norms: dict[str, float], scor
 def _peak(value: Any) -> float:
     if isinstance(value, Tensor):
         # NaN compares as nothing, so it is turned into what it means here.
-        return float(value.abs().max().nan_to_num(float("inf"))) if value.is_floating_point() and value.numel() else 0.0
+        return float(value.abs().max().nan_to_num(float("inf"))) if _is_wide(value) and value.numel() else 0.0
     if isinstance(value, dict):
         return max(map(_peak, value.values()), default=0.0)
     if isinstance(value, (list, tuple)):
@@ -150,7 +152,7 @@ def _cast(module: nn.Module, dtype: torch.dtype, name: str, islands: Sequence[st
     for parameter in module.parameters(recurse=False):
         parameter.data = parameter.data.to(dtype)
     for key, buffer in module.named_buffers(recurse=False):
-        if buffer.is_floating_point():
+        if _is_wide(buffer):
             setattr(module, key, buffer.to(dtype))
     for key, child in module.named_children():
         _cast(child, dtype, f"{name}.{key}" if name else key, islands)
@@ -162,6 +164,48 @@ def float32_reference(module: nn.Module, handles: Sequence[Any]) -> nn.Module:
         handle.remove()
     _cast(module, torch.float32, "", ())
     return module
+
+
+@contextmanager
+def within_half(module: nn.Module, component: str, islands: Islands) -> Iterator[None]:
+    """While it lasts, raise ExportError where the float32 `module` computes what fp16 cannot hold outside its islands.
+
+    Every operator's output counts, where calibration saw those of modules. fp16 itself, which shows less, takes torch
+    ten times as long on a CPU.
+    """
+    watch = _RangeWatch(component)
+    handles: list[Any] = []
+    for name in islands.modules:
+        one = module.get_submodule(name)
+        handles.append(one.register_forward_pre_hook(lambda *_: watch.enter(1)))
+        handles.append(one.register_forward_hook(lambda *_: watch.enter(-1)))
+    try:
+        with watch:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _RangeWatch(TorchDispatchMode):
+    def __init__(self, component: str) -> None:
+        super().__init__()
+        self.component, self.islands = component, 0
+
+    def enter(self, step: int) -> None:
+        """Into an island, or out of it with -1."""
+        self.islands += step
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not self.islands and not func.is_view and not _peak(output) <= _LARGEST_HALF:
+            raise ExportError(f"{self.component} overflows in fp16, in {func}; export it in bf16 or fp32")
+        return output
+
+
+def _is_wide(value: Tensor) -> bool:
+    """Whether it is what precisions are about: fp8 is what a layer was quantized to, and stays."""
+    return value.is_floating_point() and value.element_size() > 1
 
 
 def _enter(_: nn.Module, args: Any, kwargs: Any) -> Any:

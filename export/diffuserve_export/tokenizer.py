@@ -14,7 +14,7 @@ from diffuserve_export.checkpoint import Checkpoint
 from diffuserve_export.errors import CheckpointError
 from diffuserve_export.sources import ARCHITECTURES
 
-__all__ = ["tokenizer_file", "tokenizer_from_checkpoint"]
+__all__ = ["clip_tokenizer", "tokenizer_file", "tokenizer_from_checkpoint"]
 
 
 def tokenizer_file(encoder: str) -> str:
@@ -29,14 +29,7 @@ def tokenizer_from_checkpoint(checkpoint: Checkpoint, encoder: str, path: Path) 
     `padding="max_length", truncation=True`: `Tokenizer.from_file(path).encode(prompt).ids` are the ids to encode.
     Call `no_truncation()` and `no_padding()` on it to see a whole prompt. Raises CheckpointError.
     """
-    folder = checkpoint.tokenizer(encoder)
-    try:
-        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        else:
-            tokenizer = _clip_tokenizer(folder)
-    except Exception as error:  # transformers and tokenizers raise all kinds for damaged vocabularies
-        raise CheckpointError(f"the {folder.name} of {checkpoint.label} cannot be loaded: {error}") from error
+    tokenizer = clip_tokenizer(checkpoint, encoder)
     backend, length = tokenizer.backend_tokenizer, checkpoint.token_limit
     backend.enable_truncation(length)
     backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=str(tokenizer.pad_token))
@@ -44,7 +37,18 @@ def tokenizer_from_checkpoint(checkpoint: Checkpoint, encoder: str, path: Path) 
     return path
 
 
-def _clip_tokenizer(folder: Path) -> Any:
+def clip_tokenizer(checkpoint: Checkpoint, encoder: str) -> Any:
+    """A text encoder's CLIPTokenizer. Raises CheckpointError."""
+    folder = checkpoint.tokenizer(encoder)
+    try:
+        if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        return _from_merges(folder)
+    except Exception as error:  # transformers and tokenizers raise all kinds for damaged vocabularies
+        raise CheckpointError(f"the {folder.name} of {checkpoint.label} cannot be loaded: {error}") from error
+
+
+def _from_merges(folder: Path) -> Any:
     """CLIP's vocabulary follows from its merges: the bytes, the bytes that end a word, one token a merge, two marks."""
     lines = gzip.decompress((ARCHITECTURES / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
     merges = [tuple(line.split()) for line in lines[1:] if line]

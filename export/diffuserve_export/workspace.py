@@ -66,11 +66,13 @@ class Workspace:
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        """A folder to export into; gone afterwards, whatever happens, unless it was published."""
+        """A folder to export into; gone afterwards, whatever happens. What was half moved from it is moved first."""
         folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.root))
         try:
             yield folder
         finally:
+            if (folder / _READY).is_file():
+                self.publish(folder, (folder / _READY).read_text(encoding="utf-8"))
             shutil.rmtree(folder, ignore_errors=True)
 
     def seal(self, staging: Path, name: str) -> None:
@@ -95,6 +97,7 @@ class Workspace:
         names = deployment.checkpoints if deployment else ()
         if name not in names:
             write_atomically(self.root / Deployment.FILE, Deployment(self.root, (*names, name)).to_json())
+        (staging / _READY).unlink()
 
     def recover(self, report: Report) -> None:
         """Complete or remove what runs that were killed left behind."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ __all__ = ["EngineError", "EngineRequest", "engine_from_onnx", "onnx_files", "sh
 LOG_FILE: Final = "build.log"
 INSPECTOR_FILE: Final = "inspector.json"
 _FORMAT: Final = 1
+_STAGING: Final = ".build-"
 
 
 class EngineError(ExportError):
@@ -116,6 +118,7 @@ def _job(onnx: Path, request: EngineRequest, staging: Path, cache: Path) -> dict
     # TensorRT-RTX keeps no timings: it does not time anything until it runs.
     timings = None if request.target == TENSORRT_RTX else cache / f"timings-{request.version}-{request.device}.bin"
     return {
+        "parent": os.getpid(),
         "onnx": str(onnx.absolute()),
         "folder": str(staging),
         "profiles": [tensor_shapes(request.inputs, one) for one in request.profiles],
@@ -148,15 +151,37 @@ def _facts(request: EngineRequest, onnx_sha256: str, engine: Path, result: dict[
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when all went well, and is gone when not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=".build-", dir=folder.parent))
+    with contextlib.ExitStack() as held:
+        with _held(folder.parent):  # or another build could take the new folder for an abandoned one
+            _remove_abandoned(folder.parent)
+            staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder.parent))
+            held.enter_context(_held(staging))
+        try:
+            yield staging
+            if folder.exists():
+                folder.rename(staging.with_name(f"{staging.name}-old"))
+            staging.rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(staging.with_name(f"{staging.name}-old"), ignore_errors=True)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """What builds that were killed left in `cache`: the folders that no process holds."""
+    for path in cache.glob(f"{_STAGING}*"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError), _held(path, wait=False):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a folder; the kernel lets go of it with the process. Raises BlockingIOError where another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield staging
-        if folder.exists():
-            folder.rename(staging.with_name(f"{staging.name}-old"))
-        staging.rename(folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(staging.with_name(f"{staging.name}-old"), ignore_errors=True)
+        os.close(descriptor)
 
 
 def onnx_files(onnx: Path) -> list[Path]:

@@ -19,6 +19,8 @@ from polygraphy.backend import trt as polygraphy_trt
 from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 from polygraphy.backend.trt import util as polygraphy_util
 
+from diffuserve_export.processes import end_with_parent
+
 if TYPE_CHECKING:
     import tensorrt as trt
 elif polygraphy_config.USE_TENSORRT_RTX:
@@ -55,6 +57,7 @@ class Listener(trt.ILogger):
 def main(path: str) -> int:
     """Build what the job asks for; the exit code is 1 where it cannot be built."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
+    end_with_parent(job["parent"])
     folder = Path(job["folder"])
     listener = Listener()
     polygraphy_util.TRT_LOGGER = listener  # Polygraphy makes one logger of its own where there is none yet

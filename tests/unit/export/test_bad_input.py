@@ -98,8 +98,8 @@ def test_a_bad_checkpoint(checkpoint: Path, tmp_path: Path, damage: Callable[[Pa
     [
         (["--target", "abacus"], "target is 'abacus', and must be one of onnxruntime-cpu"),
         (
-            ["--target", "tensorrt", "--precision", "int4"],
-            "not built yet: tensorrt in int4; use onnxruntime-cpu in fp32",
+            ["--target", "onnxruntime", "--precision", "int4"],
+            "not built yet: onnxruntime in int4; use onnxruntime-cpu in fp32",
         ),
         (
             ["--compute-capability", "89"],

@@ -159,7 +159,7 @@ def test_tensorrt_is_driven_up_to_where_a_gpu_is_needed(tmp_path: Path) -> None:
     profiles = [tensor_shapes((SAMPLE,), one) for one in request().profiles]
     job = {"onnx": str(convolution(tmp_path / "model.onnx")), "folder": str(tmp_path), "profiles": profiles}
     limits = {"capabilities": [[8, 9]], "workspace_bytes": 1 << 28, "timing_cache": str(tmp_path / "timings.bin")}
-    (tmp_path / "job.json").write_text(json.dumps({**job, **limits}))
+    (tmp_path / "job.json").write_text(json.dumps({**job, **limits, "parent": os.getpid()}))
     folder = Path(__file__).parent / "stand_in"
     environment = {**os.environ, "PYTHONPATH": str(folder), "POLYGRAPHY_USE_TENSORRT_RTX": "0"}
     command = [sys.executable, "-m", "diffuserve_export.engines.builder", str(tmp_path / "job.json")]

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from diffuserve.spec import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_export import ExportOptions, VerificationError, export_checkpoint, graphs
+from diffuserve_export import ExportOptions, VerificationError, assembly, export_checkpoint, graphs
 from diffuserve_export.modules import VaeDecoder, VaeEncoder, module_of
 from diffuserve_export.ports import ports_of
 from diffuserve_export.sources import open_checkpoint
@@ -172,6 +172,7 @@ def test_an_export_with_a_wrong_graph_leaves_nothing(
         return spoil(exported.graph(TEXT_ENCODER), path)
 
     monkeypatch.setattr(graphs, "onnx_from_component", wrong)
+    monkeypatch.setattr(assembly, "graph_from_component", graphs.graph_from_component)
     out = tmp_path / "deployment"
     with pytest.raises(VerificationError):
         export_checkpoint(ExportOptions(checkpoint=str(exported.checkpoint), out=out))
