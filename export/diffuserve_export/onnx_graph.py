@@ -53,6 +53,8 @@ def onnx_from_component(module: nn.Module, ports: Ports, example: Sequence[Tenso
     pack_int4(program.model)
     size = sum(weight.numel() * weight.element_size() for weight in (*module.parameters(), *module.buffers()))
     program.save(str(path), external_data=size > _LARGEST_IN_GRAPH)
+    for value in program.model.graph.initializers.values():
+        value.const_value = None  # something in torch's exporter keeps the model, and it would keep the weights
     return path
 
 
