@@ -50,9 +50,9 @@ def logged(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 class Background:
     """A request that runs beside the test, with an event for its first step."""
 
-    def __init__(self, client: Client, **values: Any) -> None:
+    def __init__(self, client: Client, prompt: str = "a circle", **values: Any) -> None:
         self.first_step, self.result = threading.Event(), dict[str, Any]()
-        self._request = GenerateRequest(prompt="a circle", progress_every=1, **values)
+        self._request = GenerateRequest(prompt=prompt, progress_every=1, **values)
         self._thread = threading.Thread(target=self._run, args=(client,))
         self._thread.start()
 
@@ -73,7 +73,7 @@ def test_a_newcomer_is_in_the_first_call_after_its_text_encoding(logged: Logged)
     running = [Background(logged.client, steps=60, guidance_scale=1.0, seed=i) for i in range(8)]
     for one in running:
         assert one.first_step.wait(30)
-    newcomer = Background(logged.client, steps=60, seed=99)
+    newcomer = Background(logged.client, "a text that was not encoded lately", steps=60, seed=99)
     info = newcomer.wait()
     for one in running:
         one.wait()
