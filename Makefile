@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine accept-families accept-requests check format export serve gpu-check bench-serving bench-engine bench-simulate simulate clean
+.PHONY: help install demo test accept-engine accept-families accept-requests accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-simulate simulate clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ accept-families: $(INSTALLED) ## Small checkpoints of every family through the w
 
 accept-requests: $(INSTALLED) ## Snapshots after every step of five samplers, and servers that hand over to and fro
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py
+
+accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: an hour, 20 GB of memory and of disk
+	$(PYTHON) -m pytest -s --timeout 7200 tests/acceptance/test_full_size.py tests/acceptance/test_quantized_quality.py
 
 check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift
 	$(VENV)/bin/ruff format --check
