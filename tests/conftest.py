@@ -46,6 +46,17 @@ def client(server: Any) -> Iterator[Any]:
         yield client
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch's threads wait for each other in loops: of models as small as these that is most of the time."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def pipeline() -> Any:
     """diffusers' own pipeline on the same checkpoint, float32."""

@@ -1,4 +1,4 @@
-"""A small checkpoint of each family, in one deployment, and diffusers' pipelines of the same folders.
+"""A small checkpoint of each family, deployments of them, and diffusers' pipelines of the same folders.
 
 They share what they can with the shapes checkpoint, since a graph takes ten to thirty seconds to export: the
 autoencoder always, for SD2 the UNet, for LCM the text encoder.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,16 +21,21 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from conftest import CHECKPOINT
-from diffuserve.manifest import Deployment
+from diffuserve.manifest import Component, Deployment
 from diffuserve_export import ExportOptions, assembly, export_checkpoint, graphs
 from diffuserve_export.checkpoint import Checkpoint, part_of
 from diffuserve_export.graphs import Graph
+from diffuserve_export.modules import module_of
 from diffuserve_export.ports import ports_of
 from diffuserve_export.sources import open_checkpoint
 from unit.export.conftest import without_logs
 from unit.export.pipelines import random_pipeline
 
-__all__ = ["FAMILIES", "Families", "export_families"]
+__all__ = ["FAMILIES", "Families", "Model", "Models", "exported_families", "torch_families"]
+
+Model = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+#: As InProcessRunner takes them.
+Models = dict[str, Model]
 
 #: Of the published SDXL's scheduler, for the samplers that it is not.
 _OTHERS = {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True}
@@ -120,24 +125,55 @@ class Families:
         return pipeline
 
 
-def export_families(families: Families, names: tuple[str, ...], out: Path, shapes: Path) -> Deployment:
+def exported_families(families: Families, names: Sequence[str], out: Path, shapes: Path) -> Deployment:
     """Export checkpoints into the deployment `out`, where they are not there already.
 
     `shapes` is the shapes checkpoint's deployment, whose graphs are not made again.
     """
+    return _deployed(families, names, out, _shared_graphs(shapes, families.root / "graphs"))
+
+
+def torch_families(families: Families, names: Sequence[str], out: Path) -> tuple[Deployment, Models]:
+    """A deployment without graphs, and the torch modules that stand for them, in float32."""
+
+    def no_graph(plan: Any, component: str, path: Path, report: Any) -> Graph:
+        path.touch()
+        return Graph(path, ports_of(plan.checkpoint)[component], "fp32", ())
+
+    deployment = _deployed(families, names, out, no_graph)
+    models = {}
+    for name in names:
+        opened = open_checkpoint(families.folder(name))
+        for component, described in deployment.manifest(name).components.items():
+            models[described.model] = _torch_model(opened, component, described)
+    return deployment, models
+
+
+def _torch_model(opened: Checkpoint, component: str, described: Component) -> Model:
+    module = cache(lambda: module_of(opened, component))
+
+    def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            output = module()(*(inputs[one.name] for one in described.inputs))
+        outputs = output if isinstance(output, tuple) else (output,)
+        return {one.name: tensor for one, tensor in zip(described.outputs, outputs, strict=True)}
+
+    return run
+
+
+def _deployed(families: Families, names: Sequence[str], out: Path, graph: Callable[..., Graph]) -> Deployment:
     with pytest.MonkeyPatch.context() as patched, without_logs():
-        patched.setattr(assembly, "graph_from_component", _shared_graphs(shapes, families.root / "graphs"))
+        patched.setattr(assembly, "graph_from_component", graph)
         for name in names:
-            precision = FAMILIES[name][1]
-            options = ExportOptions(checkpoint=str(families.folder(name)), out=out, name=name, precision=precision)
-            export_checkpoint(options)
+            folder, precision = families.folder(name), FAMILIES[name][1]
+            export_checkpoint(ExportOptions(checkpoint=str(folder), out=out, name=name, precision=precision))
     return Deployment.load(out)
 
 
 def _shared_graphs(shapes: Path, store: Path) -> Callable[..., Graph]:
     """In place of `graph_from_component`: what is the same to the byte is exported once."""
     known: dict[tuple[str, ...], Graph] = {}
-    opened, store_name = open_checkpoint(CHECKPOINT), "{}-{}.onnx"
+    opened = open_checkpoint(CHECKPOINT)
     store.mkdir(exist_ok=True)
     for component, described in Deployment.load(shapes).manifest("shapes").components.items():
         path = shapes / "models" / described.model / "1" / "model.onnx"
@@ -147,8 +183,7 @@ def _shared_graphs(shapes: Path, store: Path) -> Callable[..., Graph]:
         identity = _identity(plan.checkpoint, component, plan.precisions[component])
         if identity not in known:
             made = graphs.graph_from_component(plan, component, path, report)
-            kept = shutil.copyfile(path, store / store_name.format(component, len(known)))
-            known[identity] = replace(made, path=kept)
+            known[identity] = replace(made, path=shutil.copyfile(path, store / f"{len(known)}.onnx"))
         else:
             shutil.copyfile(known[identity].path, path)
         return replace(known[identity], path=path)

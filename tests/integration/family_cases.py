@@ -1,0 +1,183 @@
+"""Requests to small checkpoints of every family, all served at once, and diffusers' pictures for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from diffuserve.components import InProcessRunner
+from diffuserve.engine import StepCosts, StepPolicy
+from diffuserve.manifest import Deployment
+from diffuserve.request import GenerateRequest
+from diffuserve.service import DiffusionService
+from diffuserve.spec import UNET
+from integration.families import Families, Model, Models
+from unit.fakes import Recorder
+
+__all__ = ["CASES", "NEGATIVE", "Case", "Served", "difference", "expected", "serve", "usual"]
+
+PROMPT, NEGATIVE = "a large red circle on a blue background", "a small green ring"
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request. None is what the checkpoint brings: its sampler, steps or guidance."""
+
+    family: str
+    sampler: str | None = None
+    steps: int | None = 6
+    guidance: float | None = None
+    negative: str = ""
+    width: int = 64
+    height: int = 64
+    seed: int = 3
+
+    @property
+    def request(self) -> GenerateRequest:
+        return GenerateRequest(
+            prompt=PROMPT,
+            negative_prompt=self.negative,
+            checkpoint=self.family,
+            width=self.width,
+            height=self.height,
+            steps=self.steps,
+            guidance_scale=self.guidance,
+            sampler=self.sampler,
+            seed=self.seed,
+        )
+
+    def __str__(self) -> str:
+        asked = (self.family, self.sampler, self.steps, self.guidance, self.negative and "negative", self.width)
+        return " ".join(str(one) for one in asked if one)
+
+
+def usual(family: str, *samplers: str) -> list[Case]:
+    """What every family with guidance is asked for."""
+    return [
+        Case(family),
+        Case(family, negative=NEGATIVE),
+        Case(family, guidance=1.0, negative=NEGATIVE),
+        Case(family, guidance=4.0, negative=NEGATIVE, width=96, height=48),
+        *(Case(family, sampler, guidance=3.0, negative=NEGATIVE, seed=11) for sampler in samplers),
+    ]
+
+
+CASES = [
+    *usual("sd15", "euler"),
+    *usual("sd21", "euler", "DPM++ 2M Karras"),
+    *usual("sdxl", "ddim", "Euler a", "heun"),
+    Case("sdxl", guidance=3.0, seed=11),
+    Case("turbo", steps=None),
+    Case("turbo", steps=2, guidance=0.0, negative=NEGATIVE, seed=5),
+    Case("turbo", "ddim", guidance=3.0),
+    Case("lcm", steps=None),
+    Case("lcm", guidance=1.3, negative=NEGATIVE),
+    Case("lcm", "tcd", guidance=8.5, negative=NEGATIVE),
+    Case("lcm", "euler", width=96, height=48),
+    *usual("sdxl-half", "ddim", "Euler a"),
+]
+
+
+class Watched:
+    """UNets whose calls wait until they may begin, and are written down."""
+
+    def __init__(self, models: Models) -> None:
+        #: By checkpoint: the rows of each call for 64 x 64 pixels, and the types of its inputs.
+        self.rows: dict[str, list[int]] = {}
+        self.types: dict[str, dict[str, torch.dtype]] = {}
+        self.begin = threading.Event()
+        self.models = {name: self._watched(name, model) for name, model in models.items()}
+
+    def _watched(self, name: str, model: Model) -> Model:
+        checkpoint = name.removesuffix(f"_{UNET}")
+
+        def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            assert self.begin.wait(600)
+            self.types[checkpoint] = {name: one.dtype for name, one in inputs.items()}
+            if inputs["sample"].shape[2:] == (8, 8):
+                self.rows.setdefault(checkpoint, []).append(len(inputs["sample"]))
+            return model(inputs)
+
+        return model if checkpoint == name else run
+
+
+@dataclass
+class Served:
+    """Pictures and what was told of them; and of each checkpoint's UNet the rows and types that it was called with."""
+
+    rows: dict[str, list[int]]
+    types: dict[str, dict[str, torch.dtype]]
+    pictures: dict[Case, Any] = field(default_factory=dict)
+    infos: dict[Case, dict[str, Any]] = field(default_factory=dict)
+
+
+def serve(deployment: Deployment, models: Models) -> Served:
+    """Every case of the deployment's checkpoints at once, through one service: all join before the second step."""
+    watched = Watched(models)
+    policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 64, efficiency=None, brisk=None)
+    service = DiffusionService(deployment, InProcessRunner(watched.models), policy=policy)
+    replies = {case: Recorder() for case in CASES if case.family in deployment.checkpoints}
+    for case, reply in replies.items():
+        service.submit(case.request, reply)
+    prepared = threading.Event()
+    service._prepare.submit((1000.0,), prepared.set)
+    assert prepared.wait(600)
+    watched.begin.set()
+    served = Served(watched.rows, watched.types)
+    for case, reply in replies.items():
+        assert reply.ended.wait(600)
+        assert reply.error is None, f"{case}: {reply.error}"
+        (event,) = reply.events
+        served.pictures[case] = np.asarray(Image.open(BytesIO(event.data))).astype(int)
+        served.infos[case] = event.info
+    service.close()
+    return served
+
+
+def expected(families: Families, case: Case, **more: Any) -> Any:
+    """diffusers' picture, with some of the pipeline's arguments changed."""
+    family = case.family.removesuffix("-half")
+    class_name = "StableDiffusionXLPipeline" if family in ("sdxl", "turbo") else "StableDiffusionPipeline"
+    if family == "lcm" and case.sampler is None:
+        class_name = "LatentConsistencyModelPipeline"
+    pipeline = families.pipeline(family, class_name)
+    own = pipeline.scheduler
+    defaults = {"sd15": (20, 2.0), "lcm": (4, 8.5), "turbo": (4, 0.0), "sdxl": (20, 5.0)}
+    steps, guidance = defaults.get(family, (20, 7.5))
+    asked = {
+        "num_inference_steps": case.steps or steps,
+        "guidance_scale": guidance if case.guidance is None else case.guidance,
+        "width": case.width,
+        "height": case.height,
+        "generator": torch.Generator().manual_seed(case.seed),
+    }
+    if class_name != "LatentConsistencyModelPipeline":
+        asked["negative_prompt"] = case.negative or None
+    if case.sampler:
+        scheduler, options = SCHEDULERS[case.sampler]
+        pipeline.scheduler = getattr(diffusers, scheduler).from_config(own.config, **options)
+    try:
+        return np.asarray(pipeline(PROMPT, **{**asked, **more}).images[0]).astype(int)
+    finally:
+        pipeline.scheduler = own
+
+
+def difference(first: Any, second: Any) -> int:
+    """Of two pictures, the largest of any value."""
+    return int(np.abs(first - second).max())
