@@ -131,7 +131,8 @@ def watched(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def generate_over_http(watched: Watched, **headers: str) -> None:
-    body = {"prompt": SECRET, "steps": 2, "sampler": "ddim", "image_encoding": "base64"}
+    prompt = f"{SECRET} {time.monotonic_ns()}"  # one that was not encoded lately
+    body = {"prompt": prompt, "steps": 2, "sampler": "ddim", "image_encoding": "base64"}
     open_url(f"{watched.server.http_url}/v2/models/diffusion/generate", body, **headers)
 
 
@@ -161,7 +162,7 @@ def test_every_metric_of_the_table_moves_under_load(watched: Watched) -> None:
         # A step of many large pictures takes long enough for the others to be seen waiting.
         done = [pool.submit(client.generate, SECRET, steps=4, width=160, height=160, num_images=12)]
         assert eventually(lambda: peaks.get("diffuserve_requests_active"))
-        done += [pool.submit(client.generate, SECRET, steps=8, seed=i) for i in range(6)]
+        done += [pool.submit(client.generate, f"{SECRET} {i}", steps=8, seed=i) for i in range(6)]
         with pytest.raises(InvalidArgumentError):
             client.generate(SECRET, width=63)
         stream = client.stream(GenerateRequest(prompt=SECRET, steps=150, progress_every=1))

@@ -303,7 +303,7 @@ def compile_trajectory(
     with _naming_diffusers(scheduler, steps, sampler):
         scheduler.set_timesteps(steps)
         skipped = 0 if strength is None else _skipped(steps, strength)
-        begin = skipped * scheduler.order
+        begin = skipped * getattr(scheduler, "order", 1)
         if hasattr(scheduler, "set_begin_index"):
             # Else the first timestep is looked up, and found one too late where rounding made the second equal to it.
             scheduler.set_begin_index(begin)
