@@ -33,7 +33,7 @@ class Run:
         return len(self.latencies) / self.wall
 
 
-def mixed_requests(count: int, seed: int) -> list[GenerateRequest]:
+def mixed_requests(count: int, seed: int, steps: Sequence[int] = STEPS) -> list[GenerateRequest]:
     """Steps and samplers drawn evenly, half of the requests without guidance."""
     rng = random.Random(seed)
     guidance = [1.0 if i % 2 else GUIDANCE for i in range(count)]
@@ -41,7 +41,7 @@ def mixed_requests(count: int, seed: int) -> list[GenerateRequest]:
     return [
         GenerateRequest(
             prompt=rng.choice(trained_scenes()).caption,
-            steps=rng.choice(STEPS),
+            steps=rng.choice(steps),
             sampler=rng.choice(list(SCHEDULERS)),
             guidance_scale=scale,
             seed=i,
