@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -197,3 +200,22 @@ def test_facts_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_an_engine_error_is_an_export_error() -> None:
     assert issubclass(EngineError, ExportError)
     assert EngineError.exit_code == 1
+
+
+@pytest.mark.parametrize(("opens", "told"), [(True, [7, 11]), (False, [1, 2])])
+def test_what_an_engine_says_of_itself_is_kept_where_a_gpu_opens_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: bool, told: list[int]
+) -> None:
+    monkeypatch.setattr("polygraphy.config.USE_TENSORRT_RTX", True)
+    builder = importlib.import_module("diffuserve_export.engines.builder")
+    inspector = SimpleNamespace(get_engine_information=lambda _: '{"Layers": []}')
+    engine = SimpleNamespace(
+        create_engine_inspector=lambda: inspector, get_device_memory_size_for_profile_v2=lambda index: (7, 11)[index]
+    )
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: engine if opens else None)
+    stand_in = SimpleNamespace(Runtime=lambda _: runtime, LayerInformationFormat=SimpleNamespace(JSON=1))
+    monkeypatch.setattr(builder, "trt", stand_in)
+    monkeypatch.setattr(builder, "_GPU_DEVICE", tmp_path)
+    listener: Any = SimpleNamespace(activation_bytes=[1, 2])
+    assert builder._inspect(b"", tmp_path, listener, 2) == told
+    assert [path.name for path in tmp_path.iterdir()] == (["inspector.json"] if opens else [])
