@@ -97,9 +97,10 @@ def _settled(trials: Sequence[LoggedCall]) -> list[LoggedCall]:
     """The UNet calls by which a new server learns its costs, without the first of each row count."""
     seen, kept = set[int](), []
     for call in trials:
-        if call.component == UNET and call.rows in seen:
-            kept.append(call)
-        seen.add(call.rows)
+        if call.component == UNET:
+            if call.rows in seen:
+                kept.append(call)
+            seen.add(call.rows)
     return kept
 
 
