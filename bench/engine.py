@@ -35,7 +35,7 @@ class Size:
 
     closed_requests: int = 64
     rounds: int = 3
-    open_requests: int = 600
+    open_requests: int = 200  # of each seed
     open_seeds: tuple[int, ...] = (1, 2, 3)
     short_requests: int = 200
     limit_requests: int = 64
@@ -72,7 +72,7 @@ def open_part(places: Places, size: Size) -> str:
     with our_server(places.deployment) as ours, peer.open(places) as locked:
         check_same_pictures(ours, {peer.name: locked})
         pairs = run_open(ours, locked, size.open_requests, size.open_seeds, capacity_of=size.closed_requests)
-    head = f"{size.open_requests} Poisson arrivals a seed at {LOAD:.0%} of (a)'s measured capacity:"
+    head = f"{size.open_requests} Poisson arrivals of each seed at {LOAD:.0%} of (a)'s measured capacity:"
     return f"{head}\n\n{open_table(pairs, size.open_seeds, (OURS, peer.name))}\n\n{eta_line(pairs)}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from measure.load import Run, closed_loop, mixed_requests, open_loop
 from measure.poisson import arrivals, percentile
@@ -43,13 +44,17 @@ def run_open(ours: Serve, peer: Serve, requests: int, seeds: Sequence[int], capa
 
 
 def open_table(pairs: Sequence[OpenPair], seeds: Sequence[int], names: tuple[str, str]) -> str:
+    """Each seed's latencies, and those of all together, which alone are enough for a 99th percentile to mean much."""
+    rates = [f"{pair.rate:.2f}" for pair in pairs]
+    ours, peers = [pair.ours.latencies for pair in pairs], [pair.peer.latencies for pair in pairs]
+    everything = "all", rates[0], list(chain(*ours)), list(chain(*peers))
     rows: list[tuple[str, ...]] = []
-    for seed, pair in zip(seeds, pairs, strict=True):
-        ratio = percentile(pair.ours.latencies, 0.99) / percentile(pair.peer.latencies, 0.99)
+    for seed, rate, mine, theirs in (*zip(map(str, seeds), rates, ours, peers, strict=True), everything):
+        ratio = percentile(mine, 0.99) / percentile(theirs, 0.99)
         cells = (f"{ratio:.2f}", *P99_TARGET.cells(ratio)), ("", *NO_TARGET)
-        for name, run, last in zip(names, (pair.ours, pair.peer), cells, strict=True):
-            p50, p99 = percentile(run.latencies, 0.5), percentile(run.latencies, 0.99)
-            rows.append((str(seed), name, f"{pair.rate:.2f}", f"{p50:.2f}", f"{p99:.2f}", *last))
+        for name, latencies, last in zip(names, (mine, theirs), cells, strict=True):
+            p50, p99 = percentile(latencies, 0.5), percentile(latencies, 0.99)
+            rows.append((seed, name, rate, f"{p50:.2f}", f"{p99:.2f}", *last))
     return table(("seed", "system", "arrivals/s", "p50 s", "p99 s", "p99, times the peer's", "target", "met"), rows)
 
 
