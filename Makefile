@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine accept-families accept-requests accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-simulate simulate clean
+.PHONY: help install demo test accept-engine accept-families accept-requests accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-simulate simulate clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,8 +51,9 @@ accept-families: $(INSTALLED) ## Small checkpoints of every family through the w
 accept-requests: $(INSTALLED) ## Snapshots after every step of five samplers, and servers that hand over to and fro
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py
 
-accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: an hour, 20 GB of memory and of disk
-	$(PYTHON) -m pytest -s --timeout 7200 tests/acceptance/test_full_size.py tests/acceptance/test_quantized_quality.py
+accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
+	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \
+		tests/acceptance/test_full_size.py tests/acceptance/test_quantized_quality.py
 
 check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift
 	$(VENV)/bin/ruff format --check
@@ -97,6 +98,9 @@ bench-serving: $(INSTALLED) ## This service, diffusers behind a lock, and the ba
 bench-engine: $(INSTALLED) ## This service beside other designs, long [QUICK=1 PARTS=closed,open,overload,limit,loop]
 	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes
 	$(PYTHON) bench/engine.py $(if $(QUICK),--quick) $(if $(PARTS),--parts "$(PARTS)")
+
+bench-attention: $(INSTALLED) ## Attention as one ONNX node and as many, for each target that runs here [WRITE_DOCS=1]
+	$(PYTHON) bench/attention.py $(if $(WRITE_DOCS),--write-docs)
 
 bench-simulate: $(INSTALLED) ## The real server at three loads beside the simulated one [WRITE_DOCS=1]
 	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes

@@ -88,9 +88,9 @@ def published_table(figures: Sequence[Published]) -> str:
     return table(("8 H100, 20 guided steps", "published", "simulated", "difference", "target", "met"), rows)
 
 
-def write_section(name: str, text: str, page: Path = PAGE) -> None:
+def write_section(name: str, text: str, page: Path = PAGE, by: str = "bench/simulate.py") -> None:
     """Put `text` between the marks of that name. Raises ValueError where the page has no such marks."""
-    begin, end = f"<!-- {name}: written by bench/simulate.py -->\n", f"<!-- end of {name} -->\n"
+    begin, end = f"<!-- {name}: written by {by} -->\n", f"<!-- end of {name} -->\n"
     before, found, rest = page.read_text(encoding="utf-8").partition(begin)
     _, ended, after = rest.partition(end)
     if not (found and ended):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from diffuserve.manifest import Component, Conditioning, Encoder, Manifest
 from diffuserve.spec import device_kind
 from diffuserve_export.checkpoint import Checkpoint
 from diffuserve_export.component_model import GRAPH_FILE, component_model_from_onnx
+from diffuserve_export.engines.build import onnx_files, sha256_of
 from diffuserve_export.engines.model import GpuModel, check_memory, gpu_model_from_onnx
 from diffuserve_export.engines.profiles import ShapeRanges
 from diffuserve_export.graph_process import graph_from_component
@@ -49,8 +49,7 @@ def _component(plan: Plan, component: str, models: Path, report: Report) -> Comp
 
 def _triton_model(plan: Plan, component: str, graph: Graph, folder: Path, report: Report) -> Component:
     """Make the Triton model of the folder's graph, for the plan's target."""
-    weights, engine = sorted((folder / "1").iterdir()), None
-    sha256, size = _sha256(weights), sum(file.stat().st_size for file in weights)
+    engine = None
     if device_kind([plan.target]) == "cpu":
         component_model_from_onnx(folder, graph.ports)
     else:
@@ -58,22 +57,15 @@ def _triton_model(plan: Plan, component: str, graph: Graph, folder: Path, report
         ranges = ShapeRanges(plan.size, plan.rows, plan.checkpoint.latent_scale, plan.checkpoint.token_limit, {})
         model = GpuModel(plan.target, graph.precision, component, graph.ports, ranges, plan.engine)
         engine = gpu_model_from_onnx(folder, model, report.note)
-    if engine is not None:
-        sha256, size = engine.sha256, engine.bytes
+    sha256, size = (engine.sha256, engine.bytes) if engine else _hash_and_bytes(onnx_files(graph.path))
     inputs, outputs = graph.ports
     return Component(
         folder.name, inputs, outputs, sha256, size, engine, graph.precision, graph.float32, graph.quantization
     )
 
 
-def _sha256(files: list[Path]) -> str:
-    """Of the files' bytes one after another: the graph, then its weights where they lie beside it."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+def _hash_and_bytes(files: list[Path]) -> tuple[str, int]:
+    return sha256_of(files), sum(file.stat().st_size for file in files)
 
 
 def _manifest(plan: Plan, key: str, components: dict[str, Component]) -> Manifest:

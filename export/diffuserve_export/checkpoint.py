@@ -120,6 +120,11 @@ class Checkpoint:
         return self.latent_scale * int(2 ** (len(self.parts[UNET].config["block_out_channels"]) - 1))
 
     @property
+    def latents_multiple(self) -> int:
+        """The latents of a picture, rows times columns, are a multiple of this."""
+        return (self.size_step // self.latent_scale) ** 2
+
+    @property
     def token_limit(self) -> int:
         limits = {self.parts[name].config.get("max_position_embeddings", 77) for name in self.family.encoders}
         return int(min(limits))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from diffuserve_export.errors import ExportError
-from diffuserve_export.processes import end_with_parent
+from diffuserve_export.processes import end_with_parent, thrifty_environment
 from diffuserve_export.report import Report
 
 if TYPE_CHECKING:
@@ -84,7 +84,13 @@ class Server:
     def _start(self) -> subprocess.Popen[bytes]:
         """In a session of its own, where Ctrl-C does not reach it."""
         command = [*self.command, str(os.getpid())]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=thrifty_environment(),
+            start_new_session=True,
+        )
 
     def stop(self) -> None:
         """End it, if it runs."""

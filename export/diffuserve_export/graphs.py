@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from diffuserve.manifest import Quantization
 from diffuserve.spec import device_kind
+from diffuserve_export.attention import score_in_parts
+from diffuserve_export.checkpoint import part_of
 from diffuserve_export.graph_types import check_types
 from diffuserve_export.modules import module_of
 from diffuserve_export.onnx_graph import onnx_from_component
@@ -61,6 +63,9 @@ def graph_from_component(plan: Plan, component: str, path: Path, report: Report)
     shapes = check_shapes(checkpoint, plan.size)
     report.stage(component, "loading")
     module = module_of(checkpoint, component)
+    on_device = device_kind([plan.target]) != "cpu"
+    if on_device and part_of(component) == "vae":
+        score_in_parts(module, checkpoint.latents_multiple)
     plain = [example_inputs(checkpoint, ports_of(checkpoint)[component][0], sides) for sides in shapes]
     whole = "fp16" if wanted in QUANTIZED else wanted
     islands = _islands(module, component, plain, whole, report)
@@ -81,8 +86,8 @@ def graph_from_component(plan: Plan, component: str, path: Path, report: Report)
     verdict = quantized.verdict if quantized else None
     del module, handles, quantized
     gc.collect()  # modules and their hooks hold each other, and the graph's session needs the memory
-    optimized, tolerance = device_kind([plan.target]) == "cpu", TOLERANCE[wanted if verdict else precision]
-    report.verified(verify_onnx(path, component, ports, feeds, expected, tolerance, optimized=optimized))
+    tolerance = TOLERANCE[wanted if verdict else precision]
+    report.verified(verify_onnx(path, component, ports, feeds, expected, tolerance, optimized=not on_device))
     names = islands.names if precision != "fp32" else ()
     if verdict is None:
         return Graph(path, ports, precision, names)

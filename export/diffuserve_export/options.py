@@ -12,7 +12,16 @@ from diffuserve_export.engines.options import EngineOptions
 from diffuserve_export.errors import OptionError
 from diffuserve_export.quantize.options import QuantizeOptions
 
-__all__ = ["DEFAULT_OPT_ROWS", "GRAPH_PRECISIONS", "QUANTIZED", "TARGETS", "ExportOptions", "Target"]
+__all__ = [
+    "DECOMPOSED_ATTENTION",
+    "DEFAULT_OPT_ROWS",
+    "GRAPH_PRECISIONS",
+    "QUANTIZED",
+    "TARGETS",
+    "WHOLE_ATTENTION",
+    "ExportOptions",
+    "Target",
+]
 
 DEFAULT_MAX_ROWS: Final = 64
 DEFAULT_OPT_ROWS: Final = 8
@@ -34,16 +43,17 @@ class Target:
     precisions: tuple[str, ...] = ()
 
 
-# Opset 23 keeps attention in one `Attention` node, which ONNX Runtime has a CPU kernel for (1.32; it is verified like
-# every graph). A small UNet took the CPU time of opset 18 at 8x8 latents, and about 8 % less at 64x64. The others get
-# opset 18, which has none: TensorRT-RTX refuses the node where it has no fused kernel for it, such as in float32.
+#: The opset whose attention is one node, and one that has no such node, so that attention is the operators that it is
+#: made of. Each target gets what `make bench-attention` found to be better for it: docs/export.md has the tables.
+WHOLE_ATTENTION: Final = 23
+DECOMPOSED_ATTENTION: Final = 18
 TARGETS: Final = {
     target.name: target
     for target in (
-        Target("onnxruntime-cpu", opset=23, precisions=("fp32", "fp16")),
-        Target("onnxruntime", opset=18, precisions=GRAPH_PRECISIONS),
-        Target("tensorrt", opset=18, precisions=_PRECISIONS),
-        Target("tensorrt-rtx", opset=18, precisions=_PRECISIONS),
+        Target("onnxruntime-cpu", opset=WHOLE_ATTENTION, precisions=("fp32", "fp16")),
+        Target("onnxruntime", opset=DECOMPOSED_ATTENTION, precisions=GRAPH_PRECISIONS),
+        Target("tensorrt", opset=DECOMPOSED_ATTENTION, precisions=_PRECISIONS),
+        Target("tensorrt-rtx", opset=DECOMPOSED_ATTENTION, precisions=_PRECISIONS),
     )
 }
 

@@ -14,9 +14,9 @@ from typing import Any, Final
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffuserve_export.attention import float32_scores
 from diffuserve_export.errors import ExportError
 
 __all__ = ["DTYPES", "LIMIT", "Islands", "cast_module", "find_islands", "float32_reference", "within_half"]
@@ -141,7 +141,7 @@ def cast_module(module: nn.Module, precision: str, islands: Islands) -> list[Any
             handles.append(one.register_forward_pre_hook(_enter, with_kwargs=True))
             handles.append(one.register_forward_hook(lambda _, __, output: _to(output, dtype)))
         elif name in islands.attentions:
-            one.set_processor(_Float32Scores())
+            float32_scores(one)
     return handles
 
 
@@ -220,32 +220,3 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_to(one, dtype) for one in value)
     return value
-
-
-class _Float32Scores:
-    """diffusers' attention with queries, keys and values in float32, projections in the module's own precision."""
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **_: Any,
-    ) -> Tensor:
-        assert attention_mask is None
-        residual, shape = hidden_states, hidden_states.shape
-        if len(shape) == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query, key, value = (one.float().unflatten(-1, (attn.heads, -1)).transpose(1, 2) for one in (query, key, value))
-        output = F.scaled_dot_product_attention(query, key, value)
-        output = attn.to_out[0](output.transpose(1, 2).flatten(2).to(residual.dtype))
-        if len(shape) == 4:
-            output = output.transpose(1, 2).reshape(shape)
-        if attn.residual_connection:
-            output = output + residual
-        return output / attn.rescale_output_factor

@@ -1,157 +1,78 @@
 """Full-size models with random weights become TensorRT-RTX engines by one command each, in bounded memory and time.
 
-Needs two cores, 24 GB and 20 GB of disk, and no GPU. What was measured goes to build/acceptance/<family>.md.
+Needs two cores, 24 GB and 20 GB of disk, and no GPU. Small models go the same way first: what is wrong with the way
+shows within two minutes. What was measured goes to build/accept-tensorrt/report.md.
 """
 
 from __future__ import annotations
 
 import os
-import re
+import platform
 import shutil
-import subprocess
-import threading
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
 
-from conftest import ROOT
+from acceptance.tensorrt_report import FOLDER, publish
+from acceptance.watched_export import Run, watched_export
+from conftest import CHECKPOINT
 from diffuserve.manifest import Component, Deployment, Manifest
 from diffuserve.spec import FAMILIES, VAE_DECODER, VAE_ENCODER
+from diffuserve_export.engines.device import builder_version
+from measure.tables import table
+from unit.export.pipelines import random_pipeline
 
-RESULTS = ROOT / "build" / "acceptance"
 MOST_MEMORY = 20e9
 MOST_SECONDS = 1800
 BUDGET = 24e9
-STAGE = re.compile(r" *\d+ s  (\w+) (\w+)")
-VERIFIED = re.compile(r"│ (\w+) +│ (\w+) +│ ([\dx ]+?) +│ ([\d.e-]+) +│")
-
-
-@dataclass
-class Stage:
-    """One stage of one component: its seconds, and the most memory that all processes held together meanwhile."""
-
-    component: str
-    name: str
-    seconds: float = 0.0
-    peak: int = 0
-
-
-@dataclass
-class Run:
-    """One `make export`, watched from outside."""
-
-    stages: list[Stage] = field(default_factory=lambda: [Stage("", "starting")])
-    lines: list[str] = field(default_factory=list)
-    code: int = -1
-
-    @property
-    def seconds(self) -> float:
-        return sum(one.seconds for one in self.stages)
-
-    @property
-    def peak(self) -> int:
-        return max(one.peak for one in self.stages)
-
-    @property
-    def output(self) -> str:
-        return "".join(self.lines)
-
-
-def resident(process: psutil.Process) -> int:
-    """Bytes of the process and all that it started. What several of them share counts for each."""
-    total = 0
-    for one in (process, *process.children(recursive=True)):
-        try:
-            total += one.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total
-
-
-def watched(command: list[str], environment: dict[str, str]) -> Run:
-    """Run `command`; its lines tell when a stage begins, and another thread looks at its memory five times a second."""
-    run, ended = Run(), threading.Event()
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-
-        def sample() -> None:
-            while not ended.wait(0.2):
-                run.stages[-1].peak = max(run.stages[-1].peak, resident(psutil.Process(process.pid)))
-
-        sampler = threading.Thread(target=sample)
-        sampler.start()
-        started = time.monotonic()
-        assert process.stdout is not None
-        for line in process.stdout:
-            run.lines.append(line)
-            if match := STAGE.match(line):
-                now = time.monotonic()
-                run.stages[-1].seconds, started = now - started, now
-                run.stages.append(Stage(match[2], match[1]))
-        run.stages[-1].seconds = time.monotonic() - started
-        ended.set()
-        sampler.join()
-    run.code = process.returncode
-    return run
-
-
-def table(run: Run, manifest: Manifest) -> str:
-    """What each component took, and what came of it, in Markdown."""
-    rows = [
-        "| component | load, calibrate, s | export, s | verify, s | build, s | peak, GB: graph | engine "
-        "| engine, MB | contexts, GB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, component in manifest.components.items():
-        stages = {one.name: one for one in run.stages if one.component == name}
-        seconds = {key: one.seconds for key, one in stages.items()}
-        assert component.engine is not None
-        graph = max(one.peak for key, one in stages.items() if key != "building")
-        contexts = " + ".join(f"{one.activation_bytes / 1e9:.2f}" for one in component.engine.profiles)
-        prepared = seconds["loading"] + seconds.get("calibrating", 0.0)
-        times = f"{prepared:.0f} | {seconds['exporting']:.0f} | {seconds['verifying']:.0f} | {seconds['building']:.0f}"
-        memory = f"{graph / 1e9:.1f} | {stages['building'].peak / 1e9:.1f}"
-        rows.append(
-            f"| {name}, {component.precision} | {times} | {memory} | {component.bytes / 1e6:.0f} | {contexts} |"
-        )
-    total = sum(one.bytes for one in manifest.components.values())
-    rows.append(f"| all: {run.seconds:.0f} s, {run.peak / 1e9:.1f} GB, {total / 1e9:.2f} GB of engines |")
-    return "\n".join(rows) + "\n"
+OPTIONS = ("TARGET=tensorrt-rtx", "PRECISION=fp16", "COMPUTE_CAPABILITY=89")
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2}
+#: Of the whole command, in the order of columns; what there is not takes no time.
+PREPARED = ("loading", "calibrating")
 
 
 @pytest.fixture
-def folders(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
-    """The deployment and the engines' cache, gone afterwards: together they hold each engine once."""
-    root = ROOT / "build" / "acceptance" / str(request.node.callspec.id)
+def folder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """For the deployment and the engines' cache, which hold each engine once together; gone afterwards."""
+    root = FOLDER / str(request.node.callspec.id)
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
-    yield root / "deployment", root / "cache"
+    monkeypatch.setenv("DIFFUSERVE_CACHE", str(root / "cache"))
+    yield root
     shutil.rmtree(root)
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_a_full_size_export(family: str, folders: tuple[Path, Path]) -> None:
-    out, cache = folders
-    options = ["RANDOM_WEIGHTS=1", "TARGET=tensorrt-rtx", "PRECISION=fp16", "COMPUTE_CAPABILITY=89"]
-    run = watched(["make", "export", f"FAMILY={family}", *options, f"OUT={out}"], {"DIFFUSERVE_CACHE": str(cache)})
-    assert run.code == 0, run.output
-    manifest = Deployment.load(out).manifest(family)
-    (RESULTS / f"{family}.md").write_text(table(run, manifest), encoding="utf-8")
-    print(f"\n{run.output}\n{table(run, manifest)}")  # noqa: T201
+def test_a_small_export(family: str, folder: Path) -> None:
+    checkpoint = CHECKPOINT
+    if family == "sdxl":
+        checkpoint = folder / "small"
+        random_pipeline(family).save_pretrained(checkpoint, safe_serialization=True)
+    run, manifest = exported([f"CHECKPOINT={checkpoint}", "NAME=small"], folder / "deployment", "small")
+    assert manifest.family == family
+    check(run, manifest, folder / "deployment")
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_full_size_export(family: str, folder: Path) -> None:
+    run, manifest = exported([f"FAMILY={family}", "RANDOM_WEIGHTS=1"], folder / "deployment", family)
+    publish(f"full-size {family}", measured(run, manifest))
+    check(run, manifest, folder / "deployment")
     assert run.peak <= MOST_MEMORY
     assert run.seconds <= MOST_SECONDS
-    assert list(manifest.components) == list(FAMILIES[family].components)
-    check_verified(run.output, manifest)
+
+
+def exported(options: list[str], out: Path, name: str) -> tuple[Run, Manifest]:
+    run = watched_export([*options, *OPTIONS, f"OUT={out}"])
+    assert run.code == 0, run.output
+    return run, Deployment.load(out).manifest(name)
+
+
+def check(run: Run, manifest: Manifest, out: Path) -> None:
+    """Every component is there, verified, and in an engine that takes what is served; all fit on one card."""
+    assert list(manifest.components) == list(FAMILIES[manifest.family].components)
+    check_verified(run, manifest)
     for name, component in manifest.components.items():
         check_engine(name, component, manifest)
         log = (out / "models" / component.model / "1" / "build.log").read_text(encoding="utf-8")
@@ -160,13 +81,13 @@ def test_a_full_size_export(family: str, folders: tuple[Path, Path]) -> None:
     assert 0 < sum(needed) <= BUDGET
 
 
-def check_verified(output: str, manifest: Manifest) -> None:
+def check_verified(run: Run, manifest: Manifest) -> None:
     """Every output of every component, at two shapes, within the tolerance of its precision."""
-    found = {(match[1], match[2], match[3]): float(match[4]) for match in VERIFIED.finditer(output)}
+    found = run.errors()
     expected = sorted((name, one.name) for name, part in manifest.components.items() for one in part.outputs)
     assert sorted((name, output) for name, output, _ in found) == sorted(expected * 2)
     for (name, _, _), error in found.items():
-        assert error <= (1e-2 if manifest.components[name].precision == "fp16" else 1e-4)
+        assert error <= TOLERANCE[manifest.components[name].precision]
 
 
 def check_engine(name: str, component: Component, manifest: Manifest) -> None:
@@ -181,3 +102,47 @@ def check_engine(name: str, component: Component, manifest: Manifest) -> None:
     assert all(one.activation_bytes > 0 for one in facts.profiles)
     for side in (manifest.size.min, manifest.size.opt, manifest.size.max):
         assert manifest.max_rows(name, side, side) >= 1
+
+
+def measured(run: Run, manifest: Manifest) -> str:
+    """What each component took, and what came of it, in Markdown."""
+    heads = ("component", "load, s", "export, s", "verify, s", "build, s", "peak: graph, GB", "peak: engine, GB")
+    rows = [row(run, name, one) for name, one in manifest.components.items()]
+    engines = [one.engine for one in manifest.components.values() if one.engine]
+    total = sum(one.bytes for one in engines)
+    needed = sum(one.device_bytes for one in engines)
+    notes = (
+        f"{run.seconds:.0f} s in all, {run.peak / 1e9:.1f} GB of memory at most (all processes together), "
+        f"{total / 1e9:.2f} GB of engines, {needed / 1e9:.1f} GB of a card's memory while served. "
+        f"TensorRT-RTX {builder_version('tensorrt-rtx')}, compute capability 8.9; "
+        f"{os.cpu_count()} cores of {processor()}. Load: with calibration. Context: of the profile that needs most."
+    )
+    return "\n".join((table((*heads, "engine, MB", "context, GB", "relative error"), rows), "", notes))
+
+
+def row(run: Run, name: str, component: Component) -> tuple[str, ...]:
+    stages, engine = run.of(name), component.engine
+    assert engine is not None
+    graph = max(one.peak for key, one in stages.items() if key != "building")
+    prepared = sum(stages[key].seconds for key in PREPARED if key in stages)
+    error = max(error for (component_name, _, _), error in run.errors().items() if component_name == name)
+    return (
+        f"{name}, {component.precision}",
+        f"{prepared:.0f}",
+        *(f"{stages[key].seconds:.0f}" for key in ("exporting", "verifying", "building")),
+        f"{graph / 1e9:.1f}",
+        f"{stages['building'].peak / 1e9:.1f}",
+        f"{engine.bytes / 1e6:.0f}",
+        f"{max(one.activation_bytes for one in engine.profiles) / 1e9:.2f}",
+        f"{error:.1e}",
+    )
+
+
+def processor() -> str:
+    """The processor's name, as the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -23,6 +23,7 @@ from diffuserve.profiles import EngineFacts, Profile
 from diffuserve_export.engines.options import TENSORRT_RTX
 from diffuserve_export.engines.profiles import tensor_shapes
 from diffuserve_export.errors import ExportError
+from diffuserve_export.processes import thrifty_environment
 
 __all__ = ["EngineError", "EngineRequest", "engine_from_onnx", "onnx_files", "sha256_of"]
 
@@ -98,7 +99,7 @@ def _build(onnx: Path, request: EngineRequest, staging: Path, cache: Path) -> di
     """Run the builder's process. Its own messages go to a log, and its result comes back as a file."""
     job = staging / "job.json"
     job.write_text(json.dumps(_job(onnx, request, staging, cache)), encoding="utf-8")
-    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if request.target == TENSORRT_RTX else "0"}
+    environment = thrifty_environment(POLYGRAPHY_USE_TENSORRT_RTX="1" if request.target == TENSORRT_RTX else "0")
     command = [sys.executable, "-m", "diffuserve_export.engines.builder", str(job)]
     with (staging / LOG_FILE).open("w", encoding="utf-8") as log:
         code = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False).returncode
