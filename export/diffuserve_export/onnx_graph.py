@@ -21,8 +21,9 @@ from diffuserve_export.quantize.layers import pack_int4
 
 __all__ = ["onnx_from_component"]
 
-# A protobuf holds 2 GB at most; above this the weights go into a file beside the graph.
-_LARGEST_IN_GRAPH: Final = 1_500_000_000
+# A protobuf holds 2 GB at most, and one of 1.3 GB took 8 GB of memory to write. Above this the weights go into a file
+# beside the graph.
+_LARGEST_IN_GRAPH: Final = 256_000_000
 
 
 def onnx_from_component(module: nn.Module, ports: Ports, example: Sequence[Tensor], path: Path, opset: int) -> Path:

@@ -12,13 +12,16 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+from diffuserve.manifest import TensorShape
 from diffuserve.spec import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_export import ExportOptions, VerificationError, assembly, export_checkpoint, graphs
+from diffuserve_export import ExportOptions, VerificationError, assembly, export_checkpoint, graphs, onnx_graph
+from diffuserve_export.engines.build import onnx_files
 from diffuserve_export.modules import VaeDecoder, VaeEncoder, module_of
-from diffuserve_export.ports import ports_of
+from diffuserve_export.onnx_graph import onnx_from_component
+from diffuserve_export.ports import Ports, ports_of
 from diffuserve_export.sources import open_checkpoint
 from diffuserve_export.verify import check_shapes, example_inputs, reference_outputs, verify_onnx
-from unit.export.conftest import Exported
+from unit.export.conftest import Exported, without_logs
 
 COMPONENTS = (TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER)
 
@@ -200,3 +203,17 @@ def test_scaling_shift_is_undone() -> None:
     assert moments[:, :4].unique().tolist() == [4.0]
     assert moments[:, 4:].unique().tolist() == [1.0]
     assert VaeDecoder(vae)(moments[:, :4]).unique().tolist() == [3.0]
+
+
+def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_graph, "_LARGEST_IN_GRAPH", 1000)
+    layer, value = torch.nn.Linear(32, 8).requires_grad_(False), torch.ones(2, 32)
+    ports: Ports = (
+        (TensorShape("value", "FP32", ("rows", 32)),),
+        (TensorShape("output", "FP32", ("rows", 8)),),
+    )
+    with without_logs():
+        path = onnx_from_component(layer, ports, [value], tmp_path / "model.onnx", 18)
+    assert onnx_files(path) == [path, tmp_path / "model.onnx.data"]
+    assert (tmp_path / "model.onnx.data").stat().st_size >= 32 * 8 * 4
+    assert relative_error(run(path, value=value.numpy())[0], layer(value)) < 1e-6
