@@ -53,7 +53,7 @@ accept-requests: $(INSTALLED) ## Snapshots after every step of five samplers, an
 
 accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \
-		tests/acceptance/test_full_size.py tests/acceptance/test_quantized_quality.py
+		tests/acceptance/test_full_size.py tests/acceptance/test_quantized_sizes.py tests/acceptance/test_quantized_quality.py
 
 check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift
 	$(VENV)/bin/ruff format --check
