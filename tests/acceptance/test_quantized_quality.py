@@ -1,7 +1,7 @@
 """A thousand pictures of the shapes checkpoint in each precision, judged by its oracle, beside the same in float32.
 
-Every graph is exported, built into an engine by TensorRT-RTX, and run in ONNX Runtime. The table of what was found is
-in build/acceptance/quantized.md.
+Every graph is exported, built into an engine by TensorRT-RTX, and run in ONNX Runtime. What was found goes to
+build/accept-tensorrt/report.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from conftest import CHECKPOINT, ROOT
+from acceptance.tensorrt_report import publish
+from conftest import CHECKPOINT
 from diffuserve.engine_files import read_facts
 from diffuserve.manifest import Deployment
 from diffuserve.spec import UNET
@@ -26,6 +27,7 @@ from diffuserve_export.export import Plan, plan_export
 from diffuserve_export.quantize.pictures import Run, Studio
 from diffuserve_export.quantize.quality import psnr
 from diffuserve_export.quantize.unet import graph_run
+from measure.tables import table
 from shapes_recipe.evaluate import choose
 from shapes_recipe.oracle import judge
 from shapes_recipe.world import Scene, all_scenes
@@ -36,7 +38,9 @@ STEPS = 20
 SIZE = 64
 SEED = 20261122
 LARGEST_FALL = 0.01
-TABLE = ROOT / "build" / "acceptance" / "quantized.md"
+HEADS = ("precision", "right", "PSNR, dB", "lowest", "graph, MB", "engine, MB")
+#: Of the table; each test adds its own.
+ROWS: list[tuple[str, ...]] = []
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,7 @@ def float32(deployment: Path, studio: Studio, scenes: list[Scene]) -> Drawn:
     component = Deployment.load(deployment).manifest("shapes").components[UNET]
     graph = deployment / "models" / component.model / "1" / "model.onnx"
     drawn = draw(studio, graph_run(graph, (component.inputs, component.outputs)), scenes)
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text(
-        f"{PICTURES} pictures, {STEPS} steps\n\n"
-        "| precision | accuracy | PSNR, dB | lowest | graph, MB | engine, MB |\n|---|---|---|---|---|---|\n"
-        f"| fp32 | {drawn.accuracy:.1%} | | | {graph.stat().st_size / 1e6:.1f} | |\n"
-    )
+    ROWS[:] = [("fp32", f"{drawn.accuracy:.1%}", "", "", f"{graph.stat().st_size / 1e6:.1f}", "")]
     return drawn
 
 
@@ -104,9 +103,8 @@ def test_a_thousand_pictures_are_as_right_as_in_float32(
     ranges = ShapeRanges(planned.size, planned.rows, planned.checkpoint.latent_scale, 77, {})
     model = GpuModel(planned.target, precision, UNET, graph.ports, ranges, planned.engine)
     gpu_model_from_onnx(folder, model, print)
-    with TABLE.open("a") as table:
-        table.write(
-            f"| {precision} | {drawn.accuracy:.1%} | {each.mean():.1f} | {each.min():.1f} | {graph_bytes / 1e6:.1f} "
-            f"| {read_facts(folder / '1').bytes / 1e6:.1f} |\n"
-        )
+    engine_bytes = read_facts(folder / "1").bytes
+    figures = (f"{each.mean():.1f}", f"{each.min():.1f}", f"{graph_bytes / 1e6:.1f}", f"{engine_bytes / 1e6:.1f}")
+    ROWS.append((precision, f"{drawn.accuracy:.1%}", *figures))
+    publish("quantized pictures", f"{table(HEADS, ROWS)}\n\n{PICTURES} pictures of {SIZE} x {SIZE}, {STEPS} steps.")
     assert drawn.accuracy >= float32.accuracy - LARGEST_FALL
