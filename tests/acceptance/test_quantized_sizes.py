@@ -68,7 +68,7 @@ def quantized_bytes(module: nn.Module, recipe: Recipe) -> int:
     chosen, _ = choose_layers(module, recipe)
     layers = dict(module.named_modules())
     smoothed = recipe.algorithm.get("method") == "smoothquant"
-    saved: Iterable[int] = (saved_bytes(layers[name], kind, smoothed) for name, kind in chosen.items())  # type: ignore[arg-type]
+    saved: Iterable[int] = (saved_bytes(layers[name], kind, smoothed) for name, kind in chosen.items())
     return half_bytes(module) - sum(saved)
 
 
