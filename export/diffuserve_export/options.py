@@ -44,7 +44,8 @@ class Target:
 
 
 #: The opset whose attention is one node, and one that has no such node, so that attention is the operators that it is
-#: made of. Each target gets what `make bench-attention` found to be better for it: docs/export.md has the tables.
+#: made of. `make bench-attention` compares them, and docs/export.md has its tables: TensorRT-RTX has fused kernels for
+#: both in half precision, and refuses the node in float32 and for the autoencoder's wide head.
 WHOLE_ATTENTION: Final = 23
 DECOMPOSED_ATTENTION: Final = 18
 TARGETS: Final = {
