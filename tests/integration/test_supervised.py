@@ -32,9 +32,10 @@ class Supervised:
     grpc_url: str
 
     def read_until(self, beginning: str) -> str:
+        """The first line that begins like this, a regular expression."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith(beginning):
+            if re.match(beginning, line):
                 return line
         raise AssertionError(f"it never said {beginning!r}")
 
@@ -96,7 +97,8 @@ def test_processes_that_die_are_replaced_and_no_request_is_lost(
         with running(theirs) as requests:
             killed = time.monotonic()
             server.kill_stub("diffusion")
-            server.read_until("the public model has not answered for")
+            # Triton may follow it: it aborts at times when a process of its own is gone.
+            server.read_until(r"(the public model's process is gone|the server died).*; starting it again")
             server.read_until("serving again")
             assert time.monotonic() - killed < 15
         for request in requests:
