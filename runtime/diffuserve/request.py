@@ -20,6 +20,7 @@ __all__ = [
     "MAX_IMAGES",
     "MAX_PROMPT_BYTES",
     "MAX_SEED",
+    "MIN_HEARTBEAT_MS",
     "RANDOM_SEED",
     "Event",
     "EventKind",

@@ -156,7 +156,7 @@ class DiffusionService:
                 "state": "draining" if self._draining else "serving",
                 "waiting": waiting,
                 "active": len(self._jobs) - waiting,
-                "stalled_s": round(self.loop.stalled(), 3),
+                "stalled_s": round(max(one.stalled() for one in (self.loop, self._prepare, self._finish)), 3),
             }
 
     def close(self) -> None:

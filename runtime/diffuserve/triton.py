@@ -9,7 +9,6 @@ import hmac
 import json
 import logging
 import os
-import re
 import threading
 import time
 import uuid
@@ -52,8 +51,6 @@ TARGET_STEP_VARIABLE: Final = "DIFFUSERVE_TARGET_STEP_MS"  # what a UNet call sh
 _OPENING_SECONDS: Final = 2.0
 
 _log: Final = logging.getLogger(__name__)
-
-_DEAD: Final = re.compile(r"[Ss]tub process .*is not healthy")
 
 # Names and not values: Triton puts its classes into pb_utils only after it has imported the model.
 _STATUS: Final = {
@@ -125,7 +122,7 @@ class BlsRunner:
             ) from error
         if response.has_error():
             message = response.error().message()
-            kind = _ProcessDiedError if _DEAD.search(message) else errors.ComponentFailedError
+            kind = _ProcessDiedError if errors.DEAD_PROCESS.search(message) else errors.ComponentFailedError
             raise kind(f"{component.model} failed: {message}", component=component.model)
         return {tensor.name(): self._taken(component, tensor) for tensor in response.output_tensors()}
 

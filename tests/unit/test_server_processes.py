@@ -19,7 +19,9 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 def start() -> Iterator[Start]:
     with ExitStack() as stack:
 
-        def start(instance: str, group: int = 0, program: str = "/b/triton_python_backend_stub") -> object:
+        def start(
+            instance: str, group: int = 0, program: str = "/b/triton_python_backend_stub"
+        ) -> subprocess.Popen[bytes]:
             command = [program, "-c", "read _", "/models/1/model.py", instance, "DEFAULT"]
             join = partial(os.setpgid, 0, group)
             child = subprocess.Popen(command, executable="/bin/sh", stdin=subprocess.PIPE, preexec_fn=join)

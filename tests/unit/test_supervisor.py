@@ -46,7 +46,7 @@ class Server:
         return None if self._answers else 1
 
     def lost_public_model(self) -> bool:
-        return self._answers[0] == "lost"
+        return bool(self._answers[0] == "lost")
 
     def status(self) -> Any:
         answer = self._answers.pop(0)
