@@ -9,6 +9,7 @@ import hmac
 import json
 import logging
 import os
+import re
 import threading
 import time
 import uuid
@@ -65,14 +66,19 @@ _STATUS: Final = {
 }
 
 
-class _ProcessDiedError(errors.ComponentFailedError):
-    """The Python backend's process of a component is gone."""
+#: What Triton says of a model that is not loaded: another thread loads it again, or a load failed.
+_NOT_LOADED: Final = re.compile(r"Model '.*' is not ready")
+
+
+class _NotThereError(errors.ComponentFailedError):
+    """The Python backend's process of a component is gone, or the component is not loaded."""
 
 
 class BlsRunner:
     """Runs component models by Triton's business logic scripting; outputs stay on the loop's device.
 
     A component whose process died is loaded again, and the call that found out is made again: no request is lost.
+    Where it cannot be loaded, every call tries again.
 
     Refuses until `open` is called. Triton takes calls as soon as `initialize` returned, but makes what serves them
     a moment later: a call in between ends the server's process with a segmentation fault.
@@ -100,7 +106,7 @@ class BlsRunner:
         began = time.monotonic()
         try:
             return self._called(component, inputs, trace)
-        except _ProcessDiedError as error:
+        except _NotThereError as error:
             self._revive(component.model, began, error)
             return self._called(component, inputs, trace)
 
@@ -122,7 +128,8 @@ class BlsRunner:
             ) from error
         if response.has_error():
             message = response.error().message()
-            kind = _ProcessDiedError if errors.DEAD_PROCESS.search(message) else errors.ComponentFailedError
+            gone = errors.DEAD_PROCESS.search(message) or _NOT_LOADED.search(message)
+            kind = _NotThereError if gone else errors.ComponentFailedError
             raise kind(f"{component.model} failed: {message}", component=component.model)
         return {tensor.name(): self._taken(component, tensor) for tensor in response.output_tensors()}
 
@@ -134,13 +141,13 @@ class BlsRunner:
         with self._reviving:
             if self._revived.get(model, 0.0) > began:
                 return
-            _log.error("%s lost its process, and is loaded again", model)
+            _log.error("%s is loaded again: %s", model, error.message)
             try:
                 pb_utils.unload_model(model_name=model)
                 pb_utils.load_model(model_name=model)
             except Exception as cause:
                 raise errors.ComponentFailedError(
-                    f"{error.message}; loading it again failed: {cause}", component=model
+                    f"{error.message.rstrip('.')}; loading it again failed: {cause}", component=model
                 ) from cause
             self._revived[model] = time.monotonic()
 
@@ -206,14 +213,28 @@ class TritonReply:
         watch.add(self)
 
     def send(self, event: Event, *, final: bool) -> None:
-        tensors = [pb_utils.Tensor(name, array) for name, array in wire.encode_event(event).items()]
-        response = pb_utils.InferenceResponse(output_tensors=tensors)
-        self._send(response, final)
+        """Raises InternalError where Triton does not take it; of a last one, that is what the client gets instead."""
+        try:
+            tensors = [pb_utils.Tensor(name, array) for name, array in wire.encode_event(event).items()]
+            self._send(pb_utils.InferenceResponse(output_tensors=tensors), final)
+        except Exception as error:
+            failure = errors.InternalError(
+                f"a response cannot be handed to Triton ({error}); where memory is short, give the server more of it, "
+                "and its container more shared memory (--shm-size)"
+            )
+            if not final:
+                raise failure from error
+            _log.exception("a last response could not be sent")
+            self.fail(failure)
 
     def fail(self, error: errors.DiffuserveError) -> None:
         status = getattr(pb_utils.TritonError, _STATUS.get(error.code, "INTERNAL"))
         response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), status))
-        self._send(response, final=True)
+        try:
+            self._send(response, final=True)
+        finally:
+            with self._lock:
+                self._let_go()
 
     def is_cancelled(self) -> bool:
         return self._cancelled or self._sender is None
@@ -227,11 +248,13 @@ class TritonReply:
 
     def _send(self, response: Any, final: bool) -> None:
         with self._lock:
-            sender = self._sender
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
             if final:
-                self._sender = None
-                self._watch.discard(self)
-            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+                self._let_go()
+
+    def _let_go(self) -> None:
+        self._sender = None
+        self._watch.discard(self)
 
 
 def _milliseconds(variable: str) -> float | None:

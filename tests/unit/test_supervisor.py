@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,9 +190,36 @@ def test_the_key_is_made_once_and_for_its_owner_alone(tmp_path: Path, monkeypatc
     assert len(first.environment["DIFFUSERVE_SNAPSHOT_KEY"]) == 64
     assert (tmp_path / SNAPSHOT_KEY_FILE).stat().st_mode & 0o777 == 0o600
     assert [file.name for file in tmp_path.iterdir()] == [SNAPSHOT_KEY_FILE]
-    assert with_snapshot_key(ServerOptions(tmp_path / "none")).environment != first.environment
     monkeypatch.setenv("DIFFUSERVE_SNAPSHOT_KEY", "of the whole fleet")
     assert with_snapshot_key(ServerOptions(tmp_path)).environment["DIFFUSERVE_SNAPSHOT_KEY"] == "of the whole fleet"
     monkeypatch.setenv("DIFFUSERVE_SNAPSHOT_KEY", "short")
     with pytest.raises(ServerSetupError, match="has 5 characters, and needs 16"):
+        with_snapshot_key(ServerOptions(tmp_path))
+
+
+def test_a_key_that_cannot_be_kept_is_one_for_this_start_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("DIFFUSERVE_SNAPSHOT_KEY", raising=False)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    first, second = (with_snapshot_key(ServerOptions(tmp_path)).environment for _ in range(2))
+    assert first != second
+    assert list(tmp_path.iterdir()) == []
+    assert "snapshot.key cannot be written (No space left on device): snapshots of this start can" in caplog.text
+    caplog.clear()
+    with_snapshot_key(ServerOptions(tmp_path / "none"))
+    assert not caplog.text, "that there is no deployment is said by the start"
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"\xff" * 32, "cannot be read as a key"), (b"", "has 0 characters")])
+def test_a_key_that_is_none_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, reason: str
+) -> None:
+    monkeypatch.delenv("DIFFUSERVE_SNAPSHOT_KEY", raising=False)
+    (tmp_path / SNAPSHOT_KEY_FILE).write_bytes(content)
+    with pytest.raises(ServerSetupError, match=rf"{reason}.*remove"):
         with_snapshot_key(ServerOptions(tmp_path))
