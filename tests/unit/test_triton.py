@@ -193,7 +193,7 @@ def test_a_picture_that_triton_cannot_take_ends_the_request_with_an_error(triton
     try:
         reply = triton.TritonReply(sender, watch)
         event = Event(kind="image", data=b"a picture", info={})
-        with pytest.raises(InternalError, match="cannot be handed to Triton.*shared memory"):
+        with pytest.raises(InternalError, match=r"cannot be handed to Triton.*shared memory"):
             reply.send(event, final=False)
         assert sender.sent == [], "the request ends with what was raised"
         reply.send(event, final=True)
