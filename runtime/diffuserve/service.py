@@ -268,6 +268,7 @@ class DiffusionService:
         tracks = [self._track(checkpoint, job, conditioning, image, picture) for image in job.beginning.images]
         job.ready_at = time.monotonic()
         job.tracks = tuple(tracks)
+        job.let_go_of_pictures()
         self.loop.join(tracks)
 
     @staticmethod

@@ -22,13 +22,14 @@ import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
 from diffuserve import errors, wire
+from diffuserve.admission import Admission
 from diffuserve.cancellation import CancelWatch
 from diffuserve.components import CallLog, ComponentRunner
 from diffuserve.logs import LogTelemetry, log_as_json
 from diffuserve.manifest import Component, Deployment
 from diffuserve.metrics import BackgroundRegistry, Metric, MetricsTelemetry
 from diffuserve.request import Event
-from diffuserve.service import DiffusionService
+from diffuserve.service import DiffusionService, Reply
 from diffuserve.spec import device_kind
 from diffuserve.telemetry import Fanout, Telemetry
 
@@ -301,6 +302,7 @@ class DiffusionModel:
             device=device,
             key=os.environ.get(SNAPSHOT_KEY_VARIABLE, "").encode(),
         )
+        self._admission = Admission(self._service.submit, self._refuse)
         self._token = os.environ.get(TOKEN_VARIABLE, "").encode()
         # The first request shows that the instance is made. A server that gets none still measures its engines.
         self._opening = threading.Timer(_OPENING_SECONDS, self._bls.open)
@@ -325,12 +327,9 @@ class DiffusionModel:
             trace = _trace_context(request)
             if trace:
                 _log.info("request traced", extra={"request_id": request_id, **trace})
-            self._service.submit(wire.decode_request(tensors, parameters), reply, request_id=request_id, trace=trace)
-        except errors.DiffuserveError as error:
-            self._refuse(reply, request_id, error)
+            self._admission.submit(wire.decode_request(tensors, parameters), reply, request_id=request_id, trace=trace)
         except Exception as error:
-            _log.exception("a request could not be accepted", extra={"request_id": request_id})
-            self._refuse(reply, request_id, errors.InternalError(f"a bug in the server: {error!r}"))
+            self._refuse(reply, request_id, error)
 
     def _operate(self, operation: wire.Operation, reply: TritonReply) -> None:
         """Answer an operation; a drain is answered when it is over."""
@@ -349,13 +348,17 @@ class DiffusionModel:
 
         threading.Thread(target=drain, name="drain", daemon=True).start()
 
-    def _refuse(self, reply: TritonReply, request_id: str, error: errors.DiffuserveError) -> None:
+    def _refuse(self, reply: Reply, request_id: str, error: Exception) -> None:
+        if not isinstance(error, errors.DiffuserveError):
+            _log.error("a request could not be accepted", extra={"request_id": request_id}, exc_info=error)
+            error = errors.InternalError(f"a bug in the server: {error!r}")
         _log.info("request refused", extra={"request_id": request_id, "outcome": error.code, "reason": error.message})
         self._telemetry.refused(error.code)
         reply.fail(error)
 
     def finalize(self) -> None:
         self._opening.cancel()
+        self._admission.close()
         self._service.close()
         self._cancels.close()
         self._registry.close()
