@@ -16,7 +16,7 @@ from diffuserve_client import Client, GeneratedImage, GenerateRequest, Timeout
 
 __all__ = ["OurServer", "our_server"]
 
-_PATIENCE = Timeout(total=3600)
+_PATIENCE = Timeout(total=3600, stall=3600)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ __all__ = ["bls_batched", "bls_published"]
 
 _BENCH: Final = Path(__file__).resolve().parents[1]
 _PUBLIC_CONFIG: Final = _BENCH.parent / "model_repository" / MODEL_NAME / "config.pbtxt"
-_PATIENCE: Final = Timeout(total=3600)
+_PATIENCE: Final = Timeout(total=3600, stall=3600)
 
 
 @contextmanager

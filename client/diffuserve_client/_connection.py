@@ -6,11 +6,13 @@ stubs give each request a stream of its own on one shared connection, with a dea
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
 import time
 from collections.abc import Generator, Iterator
-from queue import SimpleQueue
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, Final
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -21,6 +23,8 @@ from diffuserve_client._exchange import CHANNEL_OPTIONS, Exchange, connect_failu
 from diffuserve_client._timeout import Timeout
 
 __all__ = ["Connection"]
+
+_AT_LEAST_SECONDS: Final = 0.1  # a process that was stopped itself must first read what came meanwhile
 
 
 class Connection:
@@ -87,14 +91,26 @@ class _Call:
         self._lock = threading.Lock()
         self._cancelled = False
         self._stream: Any = None
+        #: When anything came last; until the stream is there, the limit is that of the connecting.
+        self._heard_at = math.inf
 
     def events(self) -> Iterator[Event]:
         message = self._exchange.message()
         threading.Thread(target=self._read, args=(message,), name="diffuserve-stream", daemon=True).start()
-        while (received := self._received.get()) is not None:
+        while (received := self._next()) is not None:
             if isinstance(received, BaseException):
                 raise received
             yield received
+
+    def _next(self) -> Event | BaseException | None:
+        """What comes next. Where nothing came for the stall timeout, that is the error."""
+        stall = self._connection.timeout.stall
+        while True:
+            left = stall - max(0.0, time.monotonic() - self._heard_at)
+            with contextlib.suppress(Empty):
+                return self._received.get(timeout=max(left, _AT_LEAST_SECONDS))
+            if time.monotonic() - self._heard_at >= stall:
+                return self._exchange.stalled()
 
     def cancel(self) -> None:
         with self._lock:
@@ -118,11 +134,13 @@ class _Call:
         with self._lock:
             if self._cancelled:
                 return
+            self._heard_at = time.monotonic()
             self._stream = stub.ModelStreamInfer(iter((message,)), timeout=deadline - time.monotonic())
         try:
             # To the stream's end, past the last answer: a stream that is cancelled while Triton is about to end it
             # keeps its model from unloading (seen with 2.51).
             for response in self._stream:
+                self._heard_at = time.monotonic()
                 self._take(response)
             if not self._exchange.finished:
                 raise self._exchange.ended()

@@ -15,6 +15,7 @@ from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import serialize_byte_tensor
 
 from diffuserve.errors import (
+    DEAD_PROCESS,
     CancelledError,
     DeadlineError,
     DiffuserveError,
@@ -67,14 +68,14 @@ class Exchange:
         message = service_pb2.ModelInferRequest(model_name=MODEL_NAME, model_version=str(WIRE_VERSION))
         # Tells a finished request from a stream that merely ended.
         message.parameters["triton_enable_empty_final_response"].bool_param = True
-        for name, array in encode_request(self._request).items():
+        for name, array in encode_request(self._with_heartbeat()).items():
             is_bytes = _DATATYPES[name] == "BYTES"
             message.inputs.add(name=name, datatype=_DATATYPES[name], shape=array.shape)
             message.raw_input_contents.append(serialize_byte_tensor(array).item() if is_bytes else array.tobytes())
         return message
 
     def receive(self, response: Any) -> Event | None:
-        """Read one ModelStreamInferResponse; None where it only says that the request is done.
+        """Read one ModelStreamInferResponse; None where it only says that the request is done, or still lives.
 
         Raises the error that the server sent, or InternalError for an answer that does not fit the request.
         """
@@ -85,11 +86,28 @@ class Exchange:
         event = self._event(infer) if infer.outputs else None
         if infer.parameters["triton_final_response"].bool_param:
             self._finish()
+        if event is not None and event.kind == "heartbeat" and not self._request.heartbeat_ms:
+            return None  # that one was for the stall timeout
         return event
+
+    def _with_heartbeat(self) -> GenerateRequest:
+        """The request with signs of life often enough for the stall timeout."""
+        asked, needed = self._request.heartbeat_ms, self._timeout.heartbeat_ms
+        return replace(self._request, heartbeat_ms=min(asked, needed) if asked else needed)
 
     def ended(self) -> DiffuserveError:
         """The error of a stream that ended before the final response."""
         return InternalError(f"the server ended the stream early, {self._progress()}; its log may say why")
+
+    def stalled(self) -> DiffuserveError:
+        """The error of a stream on which nothing came within the stall timeout."""
+        timeout = self._timeout
+        return ConnectionFailedError(
+            f"nothing came from {self._url} for {timeout.stall:g} s, {self._progress()}, and a server that lives sends "
+            f"a sign of it every {timeout.heartbeat_ms} ms; send the request again when the server is back",
+            url=self._url,
+            stall=timeout.stall,
+        )
 
     def failure(self, code: Any, details: str | None) -> DiffuserveError:
         """The error that a stream's status means."""
@@ -104,7 +122,7 @@ class Exchange:
             )
         if code is grpc.StatusCode.CANCELLED:
             return CancelledError(f"the request was cancelled, {self._progress()} ({details})")
-        return from_wire(details) or InternalError(details)
+        return self._server_error(details)
 
     def _event(self, infer: Any) -> Event:
         result = InferResult(infer)
@@ -136,6 +154,12 @@ class Exchange:
         error = from_wire(text)
         if error is not None:
             return error
+        if DEAD_PROCESS.search(text):
+            return UnavailableError(
+                f"the process of model {MODEL_NAME!r} on {self._url} died, {self._progress()}; send the request again "
+                f"in a few seconds, when its supervisor has started it again (Triton: {text})",
+                url=self._url,
+            )
         if not text.startswith(_UNKNOWN_MODEL):
             return InternalError(text)
         model = f"model {MODEL_NAME!r} in version {WIRE_VERSION}"

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Final
 
 from diffuserve.errors import InvalidArgumentError
+from diffuserve.request import MIN_HEARTBEAT_MS
 
 __all__ = ["Timeout"]
+
+_BEATS_WITHIN_STALL: Final = 3  # two may be late or lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +19,8 @@ class Timeout:
     """Seconds, each finite and above 0.
 
     `connect`: until the server has answered that it is there; then ConnectionFailedError.
+    `stall`: in which nothing came, 2 at least; then ConnectionFailedError. The client asks the server for signs of
+    life (`heartbeat_ms`) three times as often, so a request that waits or has long steps is not taken for a dead one.
     `total`: from sending the request to its last picture; then DeadlineError, and the server is told to stop.
     The total includes the time to connect.
 
@@ -23,6 +29,7 @@ class Timeout:
 
     total: float = 300.0
     connect: float = 5.0
+    stall: float = 15.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -33,6 +40,19 @@ class Timeout:
                     input=f"timeout.{field.name}",
                     value=str(value),
                 )
+        if self.stall < (least := 2 * MIN_HEARTBEAT_MS / 1000):
+            raise InvalidArgumentError(
+                f"the stall timeout is {self.stall} s, and must be {least:g} at least: a server sends signs of life "
+                f"every {MIN_HEARTBEAT_MS} ms at most",
+                input="timeout.stall",
+                value=self.stall,
+                minimum=least,
+            )
+
+    @property
+    def heartbeat_ms(self) -> int:
+        """After how many milliseconds of silence the server is to send a sign of life."""
+        return max(MIN_HEARTBEAT_MS, round(1000 * self.stall / _BEATS_WITHIN_STALL))
 
     @classmethod
     def of(cls, value: Timeout | float) -> Timeout:

@@ -22,6 +22,7 @@ import re
 from typing import Any, ClassVar, Final
 
 __all__ = [
+    "DEAD_PROCESS",
     "CancelledError",
     "ComponentFailedError",
     "DeadlineError",
@@ -35,6 +36,9 @@ __all__ = [
     "UnsupportedError",
     "from_wire",
 ]
+
+#: What Triton says of a Python model whose process is gone, while it goes on saying that the model is ready.
+DEAD_PROCESS: Final = re.compile(r"[Ss]tub process .*is not healthy")
 
 
 class DiffuserveError(Exception):

@@ -48,12 +48,20 @@ class Heartbeats:
                 self._changed.wait(None if wait == math.inf else wait)
                 if self._closed:
                     return
-                members = list(self._members)
-            due = {one: self._beat(one) for one in members}
-            with self._changed:
-                self._members -= {one for one, seconds in due.items() if seconds == math.inf}
-                # Who came meanwhile is due later than now.
-                wait = min((due.get(one, 0.0) for one in self._members), default=math.inf)
+            wait = self._round()
+
+    def _round(self) -> float:
+        """Let everyone beat who is due; seconds until the next one is.
+
+        No member outlives it here: each holds a request's tensors, and the next round may be long in coming.
+        """
+        with self._changed:
+            members = list(self._members)
+        due = {one: self._beat(one) for one in members}
+        with self._changed:
+            self._members -= {one for one, seconds in due.items() if seconds == math.inf}
+            # Who came meanwhile is due later than now.
+            return min((due.get(one, 0.0) for one in self._members), default=math.inf)
 
     @staticmethod
     def _beat(one: Beating) -> float:

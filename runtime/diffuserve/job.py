@@ -78,6 +78,15 @@ class Job:
     def is_cancelled(self) -> bool:
         return self._ended or self._reply.is_cancelled()
 
+    def let_go_of_pictures(self) -> None:
+        """Free the pictures that it was given, once they have become latents or are needed no more.
+
+        It is part of circles of references, through its tracks, which Python may find much later.
+        """
+        if self.resolved.image is not None:
+            self.resolved = self.resolved.without_pictures()
+            self.beginning = replace(self.beginning, resolved=self.resolved)
+
     def begin(self) -> None:
         """Tell a client that wants to see progress what it waits for.
 
@@ -174,5 +183,6 @@ class Job:
         if self._ended:
             return False
         self._ended = True
+        self.let_go_of_pictures()
         self.on_end(self, outcome)
         return True

@@ -20,6 +20,7 @@ __all__ = [
     "MAX_IMAGES",
     "MAX_PROMPT_BYTES",
     "MAX_SEED",
+    "MIN_HEARTBEAT_MS",
     "RANDOM_SEED",
     "Event",
     "EventKind",
@@ -188,6 +189,11 @@ class GenerateRequest:
         """Every field that JSON can hold, by its name: what makes the request again, but for pictures and snapshots."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _BYTES}
 
+    @property
+    def given_bytes(self) -> int:
+        """The bytes of its pictures and its snapshot."""
+        return sum(len(getattr(self, name)) for name in _BYTES)
+
     def answered_as(self, other: GenerateRequest) -> GenerateRequest:
         """The same pictures, reported and scheduled as `other` asks."""
         return replace(self, **{name: getattr(other, name) for name in _BESIDE_RESUME})
@@ -216,6 +222,11 @@ class ResolvedRequest:
     @property
     def eta(self) -> float:
         return self.request.eta
+
+    def without_pictures(self) -> ResolvedRequest:
+        """The same without what has become latents, for it takes megabytes."""
+        nothing: dict[str, Any] = dict.fromkeys(_BYTES, b"")
+        return replace(self, request=replace(self.request, **nothing), image=None)
 
     def parameters(self, index: int) -> dict[str, object]:
         """Every parameter that made image `index`."""

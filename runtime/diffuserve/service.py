@@ -156,7 +156,7 @@ class DiffusionService:
                 "state": "draining" if self._draining else "serving",
                 "waiting": waiting,
                 "active": len(self._jobs) - waiting,
-                "stalled_s": round(self.loop.stalled(), 3),
+                "stalled_s": round(max(one.stalled() for one in (self.loop, self._prepare, self._finish)), 3),
             }
 
     def close(self) -> None:
@@ -268,6 +268,7 @@ class DiffusionService:
         tracks = [self._track(checkpoint, job, conditioning, image, picture) for image in job.beginning.images]
         job.ready_at = time.monotonic()
         job.tracks = tuple(tracks)
+        job.let_go_of_pictures()
         self.loop.join(tracks)
 
     @staticmethod

@@ -22,13 +22,14 @@ import triton_python_backend_utils as pb_utils
 from torch.utils.dlpack import from_dlpack
 
 from diffuserve import errors, wire
+from diffuserve.admission import Admission
 from diffuserve.cancellation import CancelWatch
 from diffuserve.components import CallLog, ComponentRunner
 from diffuserve.logs import LogTelemetry, log_as_json
 from diffuserve.manifest import Component, Deployment
 from diffuserve.metrics import BackgroundRegistry, Metric, MetricsTelemetry
 from diffuserve.request import Event
-from diffuserve.service import DiffusionService
+from diffuserve.service import DiffusionService, Reply
 from diffuserve.spec import device_kind
 from diffuserve.telemetry import Fanout, Telemetry
 
@@ -53,8 +54,6 @@ _OPENING_SECONDS: Final = 2.0
 
 _log: Final = logging.getLogger(__name__)
 
-_DEAD: Final = re.compile(r"[Ss]tub process .*is not healthy")
-
 # Names and not values: Triton puts its classes into pb_utils only after it has imported the model.
 _STATUS: Final = {
     "invalid_argument": "INVALID_ARG",
@@ -68,14 +67,19 @@ _STATUS: Final = {
 }
 
 
-class _ProcessDiedError(errors.ComponentFailedError):
-    """The Python backend's process of a component is gone."""
+#: What Triton says of a model that is not loaded: another thread loads it again, or a load failed.
+_NOT_LOADED: Final = re.compile(r"Model '.*' is not ready")
+
+
+class _NotThereError(errors.ComponentFailedError):
+    """The Python backend's process of a component is gone, or the component is not loaded."""
 
 
 class BlsRunner:
     """Runs component models by Triton's business logic scripting; outputs stay on the loop's device.
 
     A component whose process died is loaded again, and the call that found out is made again: no request is lost.
+    Where it cannot be loaded, every call tries again.
 
     Refuses until `open` is called. Triton takes calls as soon as `initialize` returned, but makes what serves them
     a moment later: a call in between ends the server's process with a segmentation fault.
@@ -103,7 +107,7 @@ class BlsRunner:
         began = time.monotonic()
         try:
             return self._called(component, inputs, trace)
-        except _ProcessDiedError as error:
+        except _NotThereError as error:
             self._revive(component.model, began, error)
             return self._called(component, inputs, trace)
 
@@ -125,7 +129,8 @@ class BlsRunner:
             ) from error
         if response.has_error():
             message = response.error().message()
-            kind = _ProcessDiedError if _DEAD.search(message) else errors.ComponentFailedError
+            gone = errors.DEAD_PROCESS.search(message) or _NOT_LOADED.search(message)
+            kind = _NotThereError if gone else errors.ComponentFailedError
             raise kind(f"{component.model} failed: {message}", component=component.model)
         return {tensor.name(): self._taken(component, tensor) for tensor in response.output_tensors()}
 
@@ -137,13 +142,13 @@ class BlsRunner:
         with self._reviving:
             if self._revived.get(model, 0.0) > began:
                 return
-            _log.error("%s lost its process, and is loaded again", model)
+            _log.error("%s is loaded again: %s", model, error.message)
             try:
                 pb_utils.unload_model(model_name=model)
                 pb_utils.load_model(model_name=model)
             except Exception as cause:
                 raise errors.ComponentFailedError(
-                    f"{error.message}; loading it again failed: {cause}", component=model
+                    f"{error.message.rstrip('.')}; loading it again failed: {cause}", component=model
                 ) from cause
             self._revived[model] = time.monotonic()
 
@@ -209,14 +214,28 @@ class TritonReply:
         watch.add(self)
 
     def send(self, event: Event, *, final: bool) -> None:
-        tensors = [pb_utils.Tensor(name, array) for name, array in wire.encode_event(event).items()]
-        response = pb_utils.InferenceResponse(output_tensors=tensors)
-        self._send(response, final)
+        """Raises InternalError where Triton does not take it; of a last one, that is what the client gets instead."""
+        try:
+            tensors = [pb_utils.Tensor(name, array) for name, array in wire.encode_event(event).items()]
+            self._send(pb_utils.InferenceResponse(output_tensors=tensors), final)
+        except Exception as error:
+            failure = errors.InternalError(
+                f"a response cannot be handed to Triton ({error}); where memory is short, give the server more of it, "
+                "and its container more shared memory (--shm-size)"
+            )
+            if not final:
+                raise failure from error
+            _log.exception("a last response could not be sent")
+            self.fail(failure)
 
     def fail(self, error: errors.DiffuserveError) -> None:
         status = getattr(pb_utils.TritonError, _STATUS.get(error.code, "INTERNAL"))
         response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), status))
-        self._send(response, final=True)
+        try:
+            self._send(response, final=True)
+        finally:
+            with self._lock:
+                self._let_go()
 
     def is_cancelled(self) -> bool:
         return self._cancelled or self._sender is None
@@ -230,11 +249,13 @@ class TritonReply:
 
     def _send(self, response: Any, final: bool) -> None:
         with self._lock:
-            sender = self._sender
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
             if final:
-                self._sender = None
-                self._watch.discard(self)
-            sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
+                self._let_go()
+
+    def _let_go(self) -> None:
+        self._sender = None
+        self._watch.discard(self)
 
 
 def _milliseconds(variable: str) -> float | None:
@@ -281,6 +302,7 @@ class DiffusionModel:
             device=device,
             key=os.environ.get(SNAPSHOT_KEY_VARIABLE, "").encode(),
         )
+        self._admission = Admission(self._service.submit, self._refuse)
         self._token = os.environ.get(TOKEN_VARIABLE, "").encode()
         # The first request shows that the instance is made. A server that gets none still measures its engines.
         self._opening = threading.Timer(_OPENING_SECONDS, self._bls.open)
@@ -305,12 +327,9 @@ class DiffusionModel:
             trace = _trace_context(request)
             if trace:
                 _log.info("request traced", extra={"request_id": request_id, **trace})
-            self._service.submit(wire.decode_request(tensors, parameters), reply, request_id=request_id, trace=trace)
-        except errors.DiffuserveError as error:
-            self._refuse(reply, request_id, error)
+            self._admission.submit(wire.decode_request(tensors, parameters), reply, request_id=request_id, trace=trace)
         except Exception as error:
-            _log.exception("a request could not be accepted", extra={"request_id": request_id})
-            self._refuse(reply, request_id, errors.InternalError(f"a bug in the server: {error!r}"))
+            self._refuse(reply, request_id, error)
 
     def _operate(self, operation: wire.Operation, reply: TritonReply) -> None:
         """Answer an operation; a drain is answered when it is over."""
@@ -329,13 +348,17 @@ class DiffusionModel:
 
         threading.Thread(target=drain, name="drain", daemon=True).start()
 
-    def _refuse(self, reply: TritonReply, request_id: str, error: errors.DiffuserveError) -> None:
+    def _refuse(self, reply: Reply, request_id: str, error: Exception) -> None:
+        if not isinstance(error, errors.DiffuserveError):
+            _log.error("a request could not be accepted", extra={"request_id": request_id}, exc_info=error)
+            error = errors.InternalError(f"a bug in the server: {error!r}")
         _log.info("request refused", extra={"request_id": request_id, "outcome": error.code, "reason": error.message})
         self._telemetry.refused(error.code)
         reply.fail(error)
 
     def finalize(self) -> None:
         self._opening.cancel()
+        self._admission.close()
         self._service.close()
         self._cancels.close()
         self._registry.close()

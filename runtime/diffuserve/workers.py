@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable
 from queue import PriorityQueue
 from typing import Final
@@ -28,8 +29,11 @@ class Workers:
         self._numbers = itertools.count()
         self._closed = False
         self._lock = threading.Lock()
+        #: When each thread began what it does, in monotonic seconds.
+        self._began = [math.inf] * count
         self._threads = [
-            threading.Thread(target=self._run, name=f"{name}-{number}", daemon=True) for number in range(count)
+            threading.Thread(target=self._run, args=(number,), name=f"{name}-{number}", daemon=True)
+            for number in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -41,6 +45,10 @@ class Workers:
                 self._queue.put((urgency, next(self._numbers), act))
             return not self._closed
 
+    def stalled(self) -> float:
+        """Seconds that what has been under way for longest has taken so far; 0 where nothing is."""
+        return max(0.0, time.monotonic() - min(self._began))
+
     def close(self) -> None:
         """Do what was submitted, and end."""
         with self._lock:
@@ -50,10 +58,12 @@ class Workers:
         for thread in self._threads:
             thread.join()
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         while (act := self._queue.get()[2]) is not None:
+            self._began[number] = time.monotonic()
             try:
                 act()
             except Exception:
                 _log.exception("a worker's task raised")
+            self._began[number] = math.inf
             del act  # it holds a request's tensors, and the next one may be long in coming

@@ -43,7 +43,7 @@ def test_the_codes_are_the_documented_ones() -> None:
     ]
     drawn = dict(re.findall(r"(\w+Error)\s+([a-z_]+)  ", errors.__doc__ or ""))
     assert drawn.items() <= {kind.__name__: kind.code for kind in LEAVES}.items()
-    assert {*errors.__all__} == {kind.__name__ for kind in LEAVES} | {"DiffuserveError", "from_wire"}
+    assert {*errors.__all__} == {kind.__name__ for kind in LEAVES} | {"DEAD_PROCESS", "DiffuserveError", "from_wire"}
 
 
 # A busy machine is slow now and then, which is no fault of what is tested.

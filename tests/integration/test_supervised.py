@@ -20,10 +20,11 @@ import psutil
 import pytest
 
 from diffuserve.request import Event
-from diffuserve_client import Client, ConnectionFailedError, DrainingError, GenerateRequest, InternalError, Timeout
+from diffuserve_client import Client, ConnectionFailedError, DrainingError, GenerateRequest, Timeout, UnavailableError
 
 GRACE = 3
 LOAD = 16
+SEEN_BY_CLIENTS = r"nothing came from .* for 2 s|connection to .* was lost|process of model 'diffusion' .* died"
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Supervised:
     grpc_url: str
 
     def read_until(self, beginning: str) -> str:
+        """The first line that begins like this, a regular expression."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith(beginning):
+            if re.match(beginning, line):
                 return line
         raise AssertionError(f"it never said {beginning!r}")
 
@@ -64,6 +66,7 @@ def supervised(deployment: Path, folder: Path) -> Iterator[Supervised]:
         finally:
             if process.poll() is None:
                 process.terminate()
+                process.send_signal(signal.SIGCONT)
 
 
 @contextmanager
@@ -93,17 +96,22 @@ def test_processes_that_die_are_replaced_and_no_request_is_lost(
         # A prompt that no encoder has seen lately.
         assert theirs.generate("a large green square on a red background", steps=2).images
 
-        with running(theirs) as requests:
-            killed = time.monotonic()
+        with (
+            Client(server.grpc_url, timeout=Timeout(total=60, stall=2)) as hasty,
+            running(hasty) as requests,
+        ):
+            # With the supervisor held back, nobody ends the connections of the dead process's clients.
+            server.process.send_signal(signal.SIGSTOP)
             server.kill_stub("diffusion")
-            server.read_until("the public model has not answered for")
+            for request in requests:
+                with pytest.raises((ConnectionFailedError, UnavailableError), match=SEEN_BY_CLIENTS):
+                    request.result(20)
+            server.process.send_signal(signal.SIGCONT)
+            noticed = time.monotonic()
+            # Triton may follow: it aborts at times when a process of its own is gone.
+            server.read_until(r"(the public model's process is gone|the server died).*; starting it again")
             server.read_until("serving again")
-            assert time.monotonic() - killed < 15
-        for request in requests:
-            with pytest.raises(
-                (ConnectionFailedError, InternalError), match=r"was lost|diffusion_0_0.* is not healthy"
-            ):
-                request.result()
+            assert time.monotonic() - noticed < 12
         assert theirs.generate("a ring", steps=2).images
 
 

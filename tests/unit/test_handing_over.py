@@ -185,7 +185,33 @@ def test_a_server_that_drains_takes_nothing_and_finishes_what_it_can(start: Star
     drain.join(20)
     assert not drain.is_alive()
     assert [event.kind for event in reply.events] == ["image"]
-    assert service.status() == {"state": "draining", "waiting": 0, "active": 0, "stalled_s": 0.0}
+    assert service.status() | {"stalled_s": 0} == {"state": "draining", "waiting": 0, "active": 0, "stalled_s": 0}
+
+
+@pytest.mark.parametrize("model", ["text_encoder", "unet", "vae_decoder"])
+def test_whichever_engine_stands_still_the_status_tells(start: Start, model: str) -> None:
+    service, _ = start()
+    held, release = threading.Event(), threading.Event()
+    runner = service._checkpoints["fake"].condition._runner
+    answer = runner._models[model]  # type: ignore[attr-defined]
+
+    def hold(inputs: Any) -> Any:
+        held.set()
+        assert release.wait(20)
+        return answer(inputs)
+
+    assert service.status()["stalled_s"] == 0
+    runner._models[model] = hold  # type: ignore[attr-defined]
+    reply = ask(service)
+    assert held.wait(20)
+    began = time.monotonic()
+    while (stalled := float(str(service.status()["stalled_s"]))) < 0.05:
+        assert time.monotonic() - began < 10
+    assert stalled < 10
+    release.set()
+    reply.wait()
+    while service.status()["stalled_s"]:
+        assert time.monotonic() - began < 10
 
 
 def test_base64_comes_and_goes(start: Start) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffuserve.server import ServerOptions, ServerSetupError, TritonServer, process
-from diffuserve.server.__main__ import main, settings_from
+from diffuserve.server.__main__ import _Signals, main, settings_from
 from diffuserve.server.checks import Ports
 from diffuserve.server.embedded import Triton
 from diffuserve.server.launch import command_line, prepare, server_environment
@@ -231,3 +232,27 @@ def test_flags_become_options() -> None:
         triton_arguments=("--log-verbose=1", "--http-thread-count=2"),
     )
     assert settings_from(["--deployment", "d"])[0] == ServerOptions(Path("d"), echo="warnings")
+
+
+def test_the_first_signal_interrupts_and_a_later_one_kills() -> None:
+    now, killed = [0.0], list[float]()
+    with _Signals(lambda: killed.append(now[0]), lambda: now[0]):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            assert isinstance(signal.getsignal(number), _Signals)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        for now[0] in (0.1, 0.4):
+            os.kill(os.getpid(), signal.SIGTERM)  # of make, which was told as well
+        assert killed == []
+        now[0] = 0.6
+        os.kill(os.getpid(), signal.SIGINT)
+        assert killed == [0.6]
+
+
+def test_nohup_keeps_its_meaning() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _Signals(lambda: None):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffuserve.checkpoint import Checkpoint
 from diffuserve.engine import StepCosts, StepPolicy
 from diffuserve.errors import (
     CancelledError,
@@ -26,7 +29,7 @@ from diffuserve.errors import (
     NotFoundError,
     QueueFullError,
 )
-from diffuserve.request import GenerateRequest
+from diffuserve.request import GenerateRequest, ResolvedRequest
 from diffuserve.service import DiffusionService
 from unit.fakes import FakeModels, Recorder, write_deployment
 
@@ -94,6 +97,35 @@ def test_info_makes_the_same_picture_again(service: DiffusionService) -> None:
     for event in first.events:
         again = {name: event.info[name] for name in GenerateRequest(prompt="").parameters()}
         assert ask(service, **again).wait().events[0].data == event.data
+
+
+def test_a_picture_is_let_go_once_it_became_latents(
+    service: DiffusionService, models: FakeModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner: Any = service._checkpoints["fake"]._runner
+    runner._models["vae_encoder"] = lambda inputs: {"moments": torch.zeros(1, 8, 8, 8)}
+    decoded, resolve = list[Any](), Checkpoint.resolve
+
+    def resolved(self: Checkpoint, request: GenerateRequest) -> ResolvedRequest:
+        one = resolve(self, request)
+        decoded.append(weakref.ref(one.image))
+        return one
+
+    monkeypatch.setattr(Checkpoint, "resolve", resolved)
+    file = BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "PNG")
+    gate = Gate(models)
+    gc.disable()  # a request is part of circles, which are found much later
+    try:
+        reply = ask(service, init_image=file.getvalue(), steps=2, strength=0.9)
+        gate.wait()
+        assert decoded[0]() is None
+        (job,) = service._jobs
+        assert job.resolved.request.given_bytes == job.beginning.resolved.request.given_bytes == 0
+        gate.open()
+        assert reply.wait().events[0].info["strength"] == 0.9
+    finally:
+        gc.enable()
 
 
 def test_rows_of_all_active_requests_share_each_call(service: DiffusionService, models: FakeModels) -> None:

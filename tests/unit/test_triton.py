@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from diffuserve.errors import ComponentFailedError
+from diffuserve.errors import ComponentFailedError, InternalError
 from diffuserve.manifest import Component, TensorShape
+from diffuserve.request import Event
 
 UNET = Component("shapes_unet", (), (TensorShape("model_output", "FP32", ("rows",)),), "", 0)
 
@@ -34,14 +35,19 @@ class Tensor:
 
 
 class InferenceRequest:
-    """Answers each output with ones in the CPU's memory, and keeps what it was made with."""
+    """Answers each output with ones in the CPU's memory, or with an `errors`, and keeps what it was made with."""
 
     made: list[dict[str, Any]]
+    errors: list[str]
 
     def __init__(self, **options: Any) -> None:
         InferenceRequest.made.append(options)
 
     def exec(self) -> Any:
+        if InferenceRequest.errors:
+            text = InferenceRequest.errors.pop(0)
+            error = SimpleNamespace(message=lambda: text)
+            return SimpleNamespace(has_error=lambda: True, error=lambda: error)
         outputs = [Tensor(name, torch.ones(2)) for name in InferenceRequest.made[-1]["requested_output_names"]]
         return SimpleNamespace(has_error=lambda: False, output_tensors=lambda: outputs)
 
@@ -49,7 +55,7 @@ class InferenceRequest:
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     stand_in = ModuleType("triton_python_backend_utils")
-    InferenceRequest.made = []
+    InferenceRequest.made, InferenceRequest.errors = [], []
     vars(stand_in).update(
         Tensor=Tensor,
         InferenceRequest=InferenceRequest,
@@ -96,6 +102,59 @@ def test_nothing_is_called_before_triton_can_take_it(triton: Any) -> None:
     assert not InferenceRequest.made
 
 
+class Loading:
+    """Triton's ways to load a model again; `fails` says with what the next attempts fail."""
+
+    def __init__(self) -> None:
+        self.did, self.fails = list[str](), list[str]()
+        vars(sys.modules["triton_python_backend_utils"]).update(load_model=self.load, unload_model=self.unload)
+
+    def unload(self, model_name: str) -> None:
+        self.did.append(f"unload {model_name}")
+
+    def load(self, model_name: str) -> None:
+        self.did.append(f"load {model_name}")
+        if self.fails:
+            raise RuntimeError(self.fails.pop(0))
+
+
+DIED = "Stub process 'shapes_unet_0_0' is not healthy."
+NOT_LOADED = "Failed for execute the inference request. Model 'shapes_unet' is not ready."
+
+
+@pytest.mark.parametrize("error", [DIED, NOT_LOADED])
+def test_a_component_that_is_not_there_is_loaded_and_called_again(triton: Any, error: str) -> None:
+    loading, InferenceRequest.errors = Loading(), [error]
+    outputs = opened(triton, torch.device("cpu")).run(UNET, {"sample": torch.zeros(2)})
+    assert torch.equal(outputs["model_output"], torch.ones(2))
+    assert loading.did == ["unload shapes_unet", "load shapes_unet"]
+
+
+def test_one_that_cannot_be_loaded_is_tried_again_by_the_next_call(triton: Any) -> None:
+    loading, runner = Loading(), opened(triton, torch.device("cpu"))
+    InferenceRequest.errors, loading.fails = [DIED, NOT_LOADED], ["failed to poll"]
+    with pytest.raises(
+        ComponentFailedError, match=r"shapes_unet failed: .*healthy; loading it again failed: failed to"
+    ):
+        runner.run(UNET, {"sample": torch.zeros(2)})
+    runner.run(UNET, {"sample": torch.zeros(2)})
+    assert loading.did == ["unload shapes_unet", "load shapes_unet"] * 2
+
+
+def test_one_that_dies_of_the_call_is_not_called_a_third_time(triton: Any) -> None:
+    Loading()
+    InferenceRequest.errors = [DIED, DIED]
+    with pytest.raises(ComponentFailedError, match="shapes_unet failed: Stub process"):
+        opened(triton, torch.device("cpu")).run(UNET, {"sample": torch.zeros(2)})
+    assert len(InferenceRequest.made) == 2
+
+
+def test_any_other_error_of_a_component_is_told_at_once(triton: Any) -> None:
+    InferenceRequest.errors = ["Server not ready"]
+    with pytest.raises(ComponentFailedError, match="shapes_unet failed: Server not ready"):
+        opened(triton, torch.device("cpu")).run(UNET, {"sample": torch.zeros(2)})
+
+
 @pytest.mark.parametrize(
     ("target", "kind", "expected"),
     [("onnxruntime-cpu", "CPU", "cpu"), ("tensorrt", "CPU", "cuda:0"), ("tensorrt", "GPU", "cuda:3")],
@@ -106,6 +165,43 @@ def test_the_loop_s_device_follows_the_export_and_the_instance(
     deployment = SimpleNamespace(checkpoints=("a",), manifest=lambda name: SimpleNamespace(target=target))
     arguments = {"model_instance_kind": kind, "model_instance_device_id": "3" if kind == "GPU" else "0"}
     assert str(triton._device(deployment, arguments)) == expected
+
+
+class FullSender:
+    """A response sender that has no room for pictures."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Any, int]] = []
+
+    def is_cancelled(self) -> bool:
+        return False
+
+    def send(self, response: Any, flags: int) -> None:
+        if not response.error:
+            raise RuntimeError("Failed to increase the shared memory pool size")
+        self.sent.append((response.error, flags))
+
+
+def test_a_picture_that_triton_cannot_take_ends_the_request_with_an_error(triton: Any) -> None:
+    vars(sys.modules["triton_python_backend_utils"]).update(
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
+        InferenceResponse=lambda output_tensors=(), error=None: SimpleNamespace(error=error),
+        TritonError=lambda text, status: (text, status),
+    )
+    vars(triton.pb_utils.TritonError).update(INTERNAL="internal")
+    watch, sender = triton.CancelWatch(), FullSender()
+    try:
+        reply = triton.TritonReply(sender, watch)
+        event = Event(kind="image", data=b"a picture", info={})
+        with pytest.raises(InternalError, match=r"cannot be handed to Triton.*shared memory"):
+            reply.send(event, final=False)
+        assert sender.sent == [], "the request ends with what was raised"
+        reply.send(event, final=True)
+        ((text, status), flags) = sender.sent[0]
+        assert (flags, status, len(sender.sent)) == (1, "internal", 1)
+        assert text.startswith("[internal] a response cannot be handed to Triton (Failed to increase the shared memory")
+    finally:
+        watch.close()
 
 
 class Sender:

@@ -1,4 +1,4 @@
-"""`python -m diffuserve.server`: serve a deployment in the foreground until Ctrl-C or SIGTERM.
+"""`python -m diffuserve.server`: serve a deployment in the foreground until Ctrl-C, SIGTERM or SIGHUP.
 
 Exit codes: 0 after a clean stop, 1 if the server did not start or died again and again, 2 if a check failed before
 the start.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Final
 
 from diffuserve.server.errors import ServerSetupError, ServerStartError
 from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
@@ -21,7 +24,8 @@ from diffuserve.server.process import TritonServer
 from diffuserve.server.snapshot_key import with_snapshot_key
 from diffuserve.server.supervisor import Patience, Supervisor
 
-_EXAMPLE = """{"prompt": "a red circle", "image_encoding": "base64"}"""
+_TOGETHER_SECONDS: Final = 0.5
+_EXAMPLE: Final = """{"prompt": "a red circle", "image_encoding": "base64"}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,14 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Signals:
-    """SIGINT and SIGTERM: the first interrupts what the main thread waits for, later ones end the server at once."""
+    """The signals that end a server: the first interrupts what the main thread waits for, later ones end it at once.
 
-    def __init__(self, kill: Callable[[], None]) -> None:
+    SIGHUP comes when a terminal is closed, and is left alone where `nohup` said so. Who signals a process group signals
+    make, which passes SIGTERM on: two that come together are one.
+    """
+
+    def __init__(self, kill: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
         self.stopping = False
-        self._kill = kill
+        self._kill, self._clock, self._first = kill, clock, -math.inf
 
     def __enter__(self) -> _Signals:
-        self._before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self) for number in numbers}
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -63,11 +74,11 @@ class _Signals:
             signal.signal(number, handler)
 
     def __call__(self, _number: int, _frame: FrameType | None) -> None:
-        if self.stopping:
+        if not self.stopping:
+            self.stopping, self._first = True, self._clock()
+            raise KeyboardInterrupt
+        if self._clock() - self._first > _TOGETHER_SECONDS:
             self._kill()
-            return
-        self.stopping = True
-        raise KeyboardInterrupt
 
 
 def _announcement(server: TritonServer) -> str:

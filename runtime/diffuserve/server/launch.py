@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from diffuserve.server.checks import (
     Ports,
@@ -21,6 +22,11 @@ from diffuserve.server.embedded import Triton, find_triton
 from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
 
 __all__ = ["Launch", "command_line", "prepare", "server_environment"]
+
+
+#: glibc raises its threshold for memory that goes back to the system with what is freed, up to 32 MiB: pictures that
+#: requests came with would then be kept in pieces, and a server's memory grow with every wave of them.
+_ALLOCATOR: Final = {"MALLOC_MMAP_THRESHOLD_": 4 << 20, "MALLOC_TRIM_THRESHOLD_": 64 << 20}
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,8 @@ def server_environment(
     if triton.library_folder:
         folders = (str(triton.library_folder), inherited.get("LD_LIBRARY_PATH", ""))
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
+    for name, size in _ALLOCATOR.items():
+        environment.setdefault(name, str(size))
     environment["DIFFUSERVE_DEPLOYMENT"] = str(deployment)
     environment.update(options.environment)
     return environment

@@ -19,14 +19,16 @@ from typing import Any, BinaryIO
 
 from diffuserve.server.errors import ServerSetupError, ServerStartError
 from diffuserve.server.launch import Launch, prepare
-from diffuserve.server.options import ServerOptions
+from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
 from diffuserve.server.probe import Probe
+from diffuserve.server.processes import ModelProcess, members
 
 __all__ = ["TritonServer"]
 
 _POLL_SECONDS = 0.1
+_REAP_POLL_SECONDS = 0.01
 _KILL_AFTER = 5.0
-_AFTER_GRACE = 2.0  # pictures that were being encoded, and the answer
+_AFTER_GRACE = 3.5  # for the step under way, pictures that are being encoded, and the answer
 _TAIL_LINES = 20
 _SHARED_MEMORY = Path("/dev/shm")
 _WARNING_OR_ERROR = re.compile(r"[WE]\d{4} ")
@@ -52,6 +54,7 @@ class TritonServer:
         self._exited = threading.Event()
         self._group: int | None = None
         self._ready = False
+        self._public: ModelProcess | None = None
         self._tail: collections.deque[str] = collections.deque(maxlen=400)
 
     def __enter__(self) -> TritonServer:
@@ -131,6 +134,9 @@ class TritonServer:
         probe = Probe(self.http_url)
         while not self._exited.wait(_POLL_SECONDS):
             if self._is_ready(probe):
+                if (group := self._group) is not None:
+                    self._public = ModelProcess(group, PUBLIC_MODEL)
+                    self._public.is_gone()  # which it looks for now
                 self._ready = True
                 return
             if time.monotonic() > deadline:
@@ -142,12 +148,16 @@ class TritonServer:
         """Whether it was ready, and runs."""
         return self._ready and not self._exited.is_set()
 
+    def lost_public_model(self) -> bool:
+        """Whether the public model's process was there and is gone, which Triton itself does not tell."""
+        return self._public is not None and self._public.is_gone()
+
     def status(self, timeout: float = 3.0) -> dict[str, Any] | None:
         """What the public model says of itself (`operation=status`); None where it does not answer."""
         return Probe(self.http_url, timeout).operate("status")
 
     def drain(self, grace: float) -> dict[str, Any] | None:
-        """Have requests under way end within `grace` seconds, or be handed over; None where nobody answers.
+        """Have requests under way end within `grace` seconds, or be handed over; None where nobody answers in time.
 
         New ones are refused from now on.
         """
@@ -225,6 +235,8 @@ class TritonServer:
     def _opened_log(self) -> BinaryIO:
         try:
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            if self.log_file.is_file() and self.log_file.stat().st_size:  # it may say why the last server died
+                self.log_file.replace(self.log_file.with_name(f"{self.log_file.name}.1"))
             return self.log_file.open("wb")
         except OSError as error:
             raise ServerSetupError(
@@ -261,6 +273,10 @@ class TritonServer:
         # Not reaped yet, the leader keeps its process group's number from being given to anybody else.
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         self.kill()
+        # A stub that was started late has inherited the ports: who starts the next server needs them.
+        deadline = time.monotonic() + _KILL_AFTER
+        while members(process.pid) and time.monotonic() < deadline:
+            time.sleep(_REAP_POLL_SECONDS)
         self._group = None
         process.wait()
         for region in _SHARED_MEMORY.glob(f"{self.launch.shm_prefix}*"):

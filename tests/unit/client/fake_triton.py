@@ -9,6 +9,7 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -68,6 +69,10 @@ def answer(_: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
         yield response(image(index, picture(image_format=request.image_format)), final=index == last)
 
 
+def heartbeat() -> Event:
+    return Event(kind="heartbeat", info={})
+
+
 def silence(fake: FakeTriton, _: GenerateRequest) -> Iterator[Any]:
     """A server that never answers, until the client goes away."""
     fake.over.wait(60)
@@ -75,11 +80,15 @@ def silence(fake: FakeTriton, _: GenerateRequest) -> Iterator[Any]:
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # gRPC comes untyped
-    """`requests` is what came in; `over` is set when a request is over, on whichever side."""
+    """`requests` is what came in, `heartbeats` how often each wants signs of life.
+
+    `over` is set when a request is over, on whichever side.
+    """
 
     def __init__(self, script: Script = answer, address: str = "localhost:0") -> None:
         self.script = script
         self.requests: list[GenerateRequest] = []
+        self.heartbeats: list[int] = []
         self.over = threading.Event()
         # Without so_reuseport=0 two servers may share one port, and a test's request may reach another's.
         unlimited = [("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
@@ -116,7 +125,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             spec.name: spec.datatype for spec in INPUTS
         }.items()
         request = decode_request(arrays)
-        self.requests.append(request)
+        self.heartbeats.append(request.heartbeat_ms)
+        self.requests.append(replace(request, heartbeat_ms=0))
         yield from self.script(self, request)
 
 

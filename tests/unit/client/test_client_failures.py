@@ -18,6 +18,7 @@ from typing import Any
 import grpc
 import pytest
 
+import diffuserve.request
 import diffuserve_client
 from diffuserve_client import (
     CancelledError,
@@ -37,8 +38,9 @@ from diffuserve_client import (
     UnavailableError,
     UnsupportedError,
     _exchange,
+    _timeout,
 )
-from unit.client.fake_triton import FakeTriton, answer, failure, image, progress, response, silence
+from unit.client.fake_triton import FakeTriton, answer, failure, heartbeat, image, progress, response, silence
 
 
 def script_of(*responses: Any) -> Any:
@@ -147,6 +149,69 @@ def test_the_deadline_ends_the_wait_and_the_servers_work(fake: FakeTriton) -> No
             client.generate("a")
         assert time.monotonic() - started < 10
         assert fake.over.wait(10)
+
+
+@pytest.fixture
+def hasty(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """A client that takes 0.3 s of silence for a death; no real one may ask for signs of life so often."""
+    for module in (_timeout, diffuserve.request):
+        monkeypatch.setattr(module, "MIN_HEARTBEAT_MS", 100)
+    with Client(fake.url, timeout=Timeout(total=60, connect=30, stall=0.3)) as client:
+        yield client
+
+
+def test_a_server_that_falls_silent_is_given_up_and_told_to_stop(hasty: Client, fake: FakeTriton) -> None:
+    def one_then_silence(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        yield response(progress(1, 20))
+        yield from silence(fake, request)
+
+    fake.script = one_then_silence
+    started = time.monotonic()
+    with pytest.raises(ConnectionFailedError, match=r"nothing came from localhost:\d+ for 0\.3 s, 0 of 1") as caught:
+        hasty.generate("a")
+    assert 0.3 <= time.monotonic() - started < 10
+    assert caught.value.detail == {"url": fake.url, "stall": 0.3}
+    assert fake.heartbeats == [100]
+    assert fake.over.wait(10)
+
+
+def test_signs_of_life_are_asked_for_heard_and_kept_from_who_did_not_ask(hasty: Client, fake: FakeTriton) -> None:
+    def alive(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        for _ in range(8):
+            fake.over.wait(0.1)
+            yield response(heartbeat())
+        yield from answer(fake, request)
+
+    fake.script = alive
+    assert [event.kind for event in hasty.stream(GenerateRequest(prompt="a"))] == ["image"]
+    kinds = [event.kind for event in hasty.stream(GenerateRequest(prompt="a", heartbeat_ms=60_000))]
+    assert kinds == [*["heartbeat"] * 8, "image"]
+    assert fake.heartbeats == [100, 100]
+
+
+def test_who_reads_slowly_is_not_a_server_that_is_silent(hasty: Client, fake: FakeTriton) -> None:
+    with closing(hasty.stream(GenerateRequest(prompt="a", steps=3, progress_every=1))) as events:
+        next(events)
+        time.sleep(0.5)
+        assert [event.kind for event in events] == ["progress", "progress", "image"]
+
+
+def test_a_stall_timeout_allows_for_three_signs_of_life() -> None:
+    assert Timeout().stall == 15
+    assert Timeout().heartbeat_ms == 5000
+    assert Timeout(stall=2).heartbeat_ms == 1000
+    with pytest.raises(InvalidArgumentError, match=r"stall timeout is 1\.9 s, and must be 2 at least"):
+        Timeout(stall=1.9)
+    with pytest.raises(InvalidArgumentError, match="stall timeout is inf s"):
+        Timeout(stall=float("inf"))
+
+
+def test_a_dead_process_of_the_model_is_told_as_what_it_is(client: Client, fake: FakeTriton) -> None:
+    fake.script = script_of(failure("Stub process 'diffusion_0_0' is not healthy."))
+    with pytest.raises(
+        UnavailableError, match=r"process of model 'diffusion' .* died, 0 of 1 .* send the request again"
+    ):
+        client.generate("a")
 
 
 def test_leaving_a_stream_cancels_it(client: Client, fake: FakeTriton) -> None:

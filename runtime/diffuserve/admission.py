@@ -1,0 +1,104 @@
+"""Requests with pictures or snapshots, read beside Triton's thread and within a limit of memory.
+
+Triton calls the model on one thread. A picture of 4096 x 4096 pixels takes half a second to decode, and while that
+thread is busy no request is accepted and nobody is told how the server is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Final, Protocol
+
+from diffuserve.errors import CancelledError, DiffuserveError, QueueFullError
+from diffuserve.job import Reply
+from diffuserve.request import Event, GenerateRequest
+from diffuserve.workers import Workers
+
+__all__ = ["MAX_GIVEN_BYTES", "Admission"]
+
+#: Of all pictures and snapshots that requests in the server came with. So many are read within the clients' patience.
+MAX_GIVEN_BYTES: Final = 256 << 20
+_LARGE_BYTES: Final = 64 << 10
+_WORKERS: Final = 2
+
+
+class Submit(Protocol):
+    """A service's `submit`."""
+
+    def __call__(self, request: GenerateRequest, reply: Reply, *, request_id: str, trace: object | None) -> None: ...
+
+
+class Admission:
+    """Submits requests to a service; large ones from threads of its own.
+
+    `refused` is told of a large one that the service did not accept.
+    """
+
+    def __init__(self, submit: Submit, refused: Callable[[Reply, str, Exception], None]) -> None:
+        self._submit, self._refused = submit, refused
+        self._workers = Workers(_WORKERS, "admission")
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def submit(self, request: GenerateRequest, reply: Reply, *, request_id: str, trace: object | None) -> None:
+        """Raises what the service raises for a small request; for a large one QueueFullError or CancelledError."""
+        size = request.given_bytes
+        if size < _LARGE_BYTES:
+            self._submit(request, reply, request_id=request_id, trace=trace)
+            return
+        self._hold(size)
+        counted = _CountedReply(reply, partial(self._release, size))
+        admit = partial(self._admit, request, counted, request_id, trace)
+        if not self._workers.submit((-request.priority,), admit):
+            self._release(size)
+            raise CancelledError("the server is shutting down")
+
+    def close(self) -> None:
+        """Admit what waits, and end."""
+        self._workers.close()
+
+    def _admit(self, request: GenerateRequest, reply: Reply, request_id: str, trace: object | None) -> None:
+        try:
+            self._submit(request, reply, request_id=request_id, trace=trace)
+        except Exception as error:
+            self._refused(reply, request_id, error)
+
+    def _hold(self, size: int) -> None:
+        with self._lock:
+            if self._held + size > MAX_GIVEN_BYTES:
+                raise QueueFullError(
+                    f"the pictures and snapshots of the requests in the server have {self._held} bytes, this one's "
+                    f"{size}, and together at most {MAX_GIVEN_BYTES} are taken; send it again later, or smaller",
+                    value=self._held + size,
+                    maximum=MAX_GIVEN_BYTES,
+                )
+            self._held += size
+
+    def _release(self, size: int) -> None:
+        with self._lock:
+            self._held -= size
+
+
+class _CountedReply:
+    """A reply that tells when its request is over."""
+
+    def __init__(self, reply: Reply, over: Callable[[], None]) -> None:
+        self._reply, self._over = reply, over
+
+    def send(self, event: Event, *, final: bool) -> None:
+        try:
+            self._reply.send(event, final=final)
+        finally:
+            if final:
+                self._over()
+
+    def fail(self, error: DiffuserveError) -> None:
+        try:
+            self._reply.fail(error)
+        finally:
+            self._over()
+
+    def is_cancelled(self) -> bool:
+        return self._reply.is_cancelled()

@@ -1,0 +1,133 @@
+"""Requests with much to read: off the caller's thread, within the limit, and each with one answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from diffuserve import admission
+from diffuserve.admission import Admission
+from diffuserve.errors import CancelledError, InvalidArgumentError, QueueFullError
+from diffuserve.request import Event, GenerateRequest
+from unit.fakes import Recorder
+
+SMALL = GenerateRequest(prompt="a ring", init_image=b"x")
+IMAGE = Event(kind="image", info={})
+
+
+class Service:
+    """Keeps the replies that it is given, and fails with `error` where there is one."""
+
+    def __init__(self) -> None:
+        self.replies: list[Any] = []
+        self.threads: list[threading.Thread] = []
+        self.error: Exception | None = None
+        self.hold: Callable[[], object] = lambda: None
+
+    def submit(self, request: GenerateRequest, reply: Any, *, request_id: str, trace: object | None) -> None:
+        self.threads.append(threading.current_thread())
+        self.hold()
+        if self.error:
+            raise self.error
+        self.replies.append(reply)
+
+
+def large(size: int = 100_000, priority: int = 0) -> GenerateRequest:
+    return GenerateRequest(prompt="a ring", init_image=bytes(size), priority=priority)
+
+
+@pytest.fixture
+def service() -> Service:
+    return Service()
+
+
+@pytest.fixture
+def admit(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[GenerateRequest], Recorder]]:
+    monkeypatch.setattr(admission, "MAX_GIVEN_BYTES", 250_000)
+    one = Admission(service.submit, lambda reply, _, error: reply.fail(error))  # type: ignore[arg-type]
+
+    def admit(request: GenerateRequest) -> Recorder:
+        reply = Recorder()
+        one.submit(request, reply, request_id="1", trace=None)
+        return reply
+
+    admit.close = one.close  # type: ignore[attr-defined]
+    yield admit
+    one.close()
+
+
+def taken(service: Service, count: int) -> list[Any]:
+    for _ in range(10_000):
+        if len(service.replies) == count:
+            return service.replies
+        threading.Event().wait(0.001)
+    raise AssertionError(f"{len(service.replies)} of {count} were submitted")
+
+
+def test_a_small_request_is_submitted_at_once_and_its_error_raised(service: Service, admit: Any) -> None:
+    admit(SMALL)
+    assert service.threads == [threading.current_thread()]
+    service.error = InvalidArgumentError("it is so")
+    with pytest.raises(InvalidArgumentError):
+        admit(SMALL)
+
+
+def test_a_large_one_is_read_elsewhere_and_its_error_sent(service: Service, admit: Any) -> None:
+    service.error = InvalidArgumentError("init_image is no picture")
+    reply = admit(large()).wait()
+    assert isinstance(reply.error, InvalidArgumentError)
+    assert threading.current_thread() not in service.threads
+    service.error = ZeroDivisionError("a bug")
+    assert isinstance(admit(large()).wait().error, ZeroDivisionError)
+
+
+def test_what_is_read_does_not_hold_up_small_requests(service: Service, admit: Any) -> None:
+    release = threading.Event()
+    service.hold = lambda: None if threading.current_thread() is main else release.wait(10)
+    main = threading.current_thread()
+    admit(large())
+    admit(SMALL)
+    assert len(service.replies) == 1
+    release.set()
+    taken(service, 2)
+
+
+def test_requests_hold_no_more_bytes_together_than_the_limit_until_they_end(service: Service, admit: Any) -> None:
+    for _ in range(3):
+        service.replies.clear()
+        admit(large())
+        admit(large())
+        first, second = taken(service, 2)
+        with pytest.raises(QueueFullError, match="have 200000 bytes, this one's 100000, and together at most 250000"):
+            admit(large())
+        admit(SMALL)
+        first.send(IMAGE, final=False)
+        with pytest.raises(QueueFullError):
+            admit(large())
+        first.send(IMAGE, final=True)
+        second.fail(CancelledError("the client cancelled"))
+        service.error = InvalidArgumentError("refused")
+        admit(large()).wait()
+        service.error = None
+
+
+def test_bytes_are_given_back_where_the_last_answer_cannot_be_sent(service: Service, admit: Any) -> None:
+    admit(large(250_000))
+    (reply,) = taken(service, 1)
+    reply._reply.ended.set()  # so that the recorder refuses what comes
+    with pytest.raises(AssertionError):
+        reply.fail(CancelledError("x"))
+    service.replies.clear()
+    admit(large(250_000))
+    taken(service, 1)
+
+
+def test_nothing_is_taken_once_it_is_closed(service: Service, admit: Any) -> None:
+    admit.close()
+    with pytest.raises(CancelledError, match="shutting down"):
+        admit(large())
+    with pytest.raises(CancelledError, match="shutting down"):
+        admit(large(200_000))
