@@ -59,7 +59,7 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
         sampler=draw(NAME),
         seed=draw(st.integers(-1, MAX_SEED - num_images + 1)),
         num_images=num_images,
-        init_image=draw(st.binary()),
+        **draw(st.fixed_dictionaries({"init_image": st.binary(min_size=1)}, optional={"mask_image": st.binary()})),
         strength=draw(st.floats(0.001, 1)),
         progress_every=draw(st.integers(0, 150)),
         image_format=draw(st.sampled_from(IMAGE_FORMATS)),

@@ -15,6 +15,8 @@ from PIL import Image
 from diffuserve_client import Client, GenerateRequest, InvalidArgumentError
 from unit.pictures import SVG, encoded, png_of_size
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = "a small green ring on a white background"
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
