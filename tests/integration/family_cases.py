@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -17,6 +17,7 @@ from diffuserve.components import InProcessRunner
 from diffuserve.engine import StepCosts, StepPolicy
 from diffuserve.manifest import Deployment
 from diffuserve.request import GenerateRequest
+from diffuserve.sampling import SAMPLERS
 from diffuserve.service import DiffusionService
 from diffuserve.spec import UNET
 from integration.families import Families, Model, Models
@@ -26,12 +27,9 @@ from unit.pictures import encoded, mask, picture
 __all__ = ["CASES", "NEGATIVE", "Case", "Served", "difference", "expected", "serve", "usual"]
 
 PROMPT, NEGATIVE = "a large red circle on a blue background", "a small green ring"
+#: Of samplers by other names than ours.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
     "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
 }
 
@@ -155,12 +153,12 @@ class Served:
     infos: dict[Case, dict[str, Any]] = field(default_factory=dict)
 
 
-def serve(deployment: Deployment, models: Models) -> Served:
-    """Every case of the deployment's checkpoints at once, through one service: all join before the second step."""
+def serve(deployment: Deployment, models: Models, cases: Sequence[Case] = CASES) -> Served:
+    """All cases of the deployment's checkpoints at once, through one service: they join before the second step."""
     watched = Watched(models)
     policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 64, efficiency=None, brisk=None)
     service = DiffusionService(deployment, InProcessRunner(watched.models), policy=policy)
-    replies = {case: Recorder() for case in CASES if case.family in deployment.checkpoints}
+    replies = {case: Recorder() for case in cases if case.family in deployment.checkpoints}
     for case, reply in replies.items():
         service.submit(case.request, reply)
     prepared = threading.Event()
@@ -202,7 +200,8 @@ def expected(families: Families, case: Case, **more: Any) -> Any:
     if class_name != "LatentConsistencyModelPipeline":
         asked["negative_prompt"] = case.negative or None
     if case.sampler:
-        scheduler, options = SCHEDULERS[case.sampler]
+        known = SAMPLERS.get(case.sampler)
+        scheduler, options = (known.scheduler_class, known.config) if known else SCHEDULERS[case.sampler]
         pipeline.scheduler = getattr(diffusers, scheduler).from_config(own.config, **options)
     try:
         return np.asarray(pipeline(PROMPT, **{**asked, **more}).images[0]).astype(int)

@@ -18,6 +18,8 @@ from diffuserve.errors import UnsupportedError
 from diffuserve.sampling import SAMPLERS, SCHEDULES, TrajectoryCompiler, make_scheduler
 from diffuserve.sampling.matrix import PREDICTIONS, REFERENCE, SPACINGS, cells
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STEPS = (1, 2, 4, 10, 20, 50)
 SHAPE = (4, 3, 5)
 NO_SIGMAS = ("ddim", "ddpm", "euler_ancestral", "pndm", "lcm", "tcd")
