@@ -48,19 +48,8 @@ class Checkpoint:
         Raises InvalidArgumentError or UnsupportedError for what this checkpoint cannot do.
         """
         manifest = self.manifest
-        if self._tells_masks and not request.mask_image:
-            raise InvalidArgumentError(
-                f"{self.name} makes anew what a mask covers of a picture, and mask_image is not given; give init_image "
-                "and mask_image, or ask another checkpoint",
-                input="mask_image",
-            )
         width, height = request.width, request.height
-        image, mask = read_pictures(request.init_image, request.mask_image)
-        if image is None and request.strength != DEFAULT_STRENGTH:
-            raise InvalidArgumentError(
-                "strength is given without init_image, the picture that it is about; give one, or leave it out",
-                input="strength",
-            )
+        image, mask = self._read(request)
         if image is not None:
             width, height = (
                 manifest.size.fit(side) if asked is None else asked
@@ -87,13 +76,30 @@ class Checkpoint:
             seed=seed,
             rows=2 if guided else 1,
         )
-        return self._with(resolved, image, mask)
+        return self._fitted(resolved, image, mask)
 
     def with_pictures(self, resolved: ResolvedRequest) -> ResolvedRequest:
-        """The same with the pictures that its request has. Raises InvalidArgumentError as `resolve` does."""
-        return self._with(resolved, *read_pictures(resolved.request.init_image, resolved.request.mask_image))
+        """The same with the pictures that its request still has. Raises InvalidArgumentError as `resolve` does."""
+        return self._fitted(resolved, *read_pictures(resolved.request.init_image, resolved.request.mask_image))
 
-    def _with(self, resolved: ResolvedRequest, image: Image.Image | None, mask: Image.Image | None) -> ResolvedRequest:
+    def _read(self, request: GenerateRequest) -> tuple[Image.Image | None, Image.Image | None]:
+        """The request's picture and mask, as large as they came."""
+        if self._tells_masks and not request.mask_image:
+            raise InvalidArgumentError(
+                f"{self.name} makes anew what a mask covers of a picture, and mask_image is not given; give init_image "
+                "and mask_image, or ask another checkpoint",
+                input="mask_image",
+            )
+        if not request.init_image and request.strength != DEFAULT_STRENGTH:
+            raise InvalidArgumentError(
+                "strength is given without init_image, the picture that it is about; give one, or leave it out",
+                input="strength",
+            )
+        return read_pictures(request.init_image, request.mask_image)
+
+    def _fitted(
+        self, resolved: ResolvedRequest, image: Image.Image | None, mask: Image.Image | None
+    ) -> ResolvedRequest:
         """The pictures in the request's size, so that what waits takes no more memory than is needed."""
         size, factor = (resolved.width, resolved.height), self.manifest.latent_scale
         image = None if image is None else resized(image, *size)
@@ -110,7 +116,7 @@ class Checkpoint:
         """The table of the request's sampler. Raises CompileError where there is none at these steps."""
         strength = resolved.request.strength if resolved.image is not None else None
         if resolved.mask is not None and strength == 1:
-            strength = None  # as diffusers: of a masked picture nothing is left, and it begins with noise alone
+            strength = None  # as diffusers' inpainting: it begins with noise alone
         return self._compile(resolved.sampler, resolved.steps, resolved.sigma_schedule, resolved.eta, strength)
 
     def noise(self, resolved: ResolvedRequest, generator: torch.Generator) -> torch.Tensor:

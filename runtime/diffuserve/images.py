@@ -76,7 +76,10 @@ def read_image(name: str, data: bytes) -> Image.Image:
             name, f"has {width} x {height} pixels, and at most {MAX_IMAGE_PIXELS} in all are taken; make it smaller"
         )
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright: Image.Image = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255 where it should scale them
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
     except Exception as error:  # whatever a damaged file makes a codec raise
         raise _refused(name, f"cannot be decoded ({error}); send the whole file") from error
 

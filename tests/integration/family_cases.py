@@ -51,6 +51,9 @@ class Case:
 
     @property
     def request(self) -> GenerateRequest:
+        given: dict[str, Any] = {name: encoded(image) for name, image in self.pictures.items()}
+        if self.strength is not None:
+            given["strength"] = self.strength
         return GenerateRequest(
             prompt=PROMPT,
             negative_prompt=self.negative,
@@ -61,8 +64,7 @@ class Case:
             guidance_scale=self.guidance,
             sampler=self.sampler,
             seed=self.seed,
-            **{name: encoded(image) for name, image in self.pictures.items()},
-            **({} if self.strength is None else {"strength": self.strength}),
+            **given,
         )
 
     @property

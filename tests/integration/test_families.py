@@ -5,6 +5,8 @@ torch's modules stand in for the graphs, which an export holds equal to them; te
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from PIL import Image
 
@@ -51,7 +53,7 @@ def test_another_picture_or_mask_would_show(served: Served, families: Families) 
         Case("sd15-inpaint", strength=1.0, has_mask=True),
         Case("sdxl", "Euler a", guidance=1.0, strength=1.0, has_mask=True, seed=11),
     )
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "picture": {"image": picture().transpose(Image.Transpose.ROTATE_180)},
         "mask": {"mask_image": mask(box=(8, 16, 40, 40))},
         "strength": {"strength": 0.9},

@@ -102,6 +102,15 @@ def test_base64_and_other_formats_and_sizes(checkpoint: Checkpoint) -> None:
     assert (resolved.width, resolved.height, resolved.image.size, resolved.mask.size) == (96, 64, (96, 64), (96, 64))
 
 
+def test_sixteen_bits_of_grey_are_scaled(checkpoint: Checkpoint) -> None:
+    levels = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    deep, usual = (encoded(Image.fromarray(one)) for one in (levels.astype(np.uint16), (levels / 257).astype(np.uint8)))
+    resolved = [checkpoint.resolve(asked(init_image=one, mask_image=one)) for one in (deep, usual)]
+    for name in ("image", "mask"):
+        found, expected = (np.asarray(getattr(one, name)).astype(int) for one in resolved)
+        assert np.abs(found - expected).max() <= 1
+
+
 def _drawing(given: Given, strength: float | None) -> ImageState:
     """First latents whose draws of noise are 1, 2, 3 and so on."""
     drawn = iter(range(1, 9))
