@@ -48,8 +48,8 @@ accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests th
 accept-families: $(INSTALLED) ## Small checkpoints of every family through the whole service, against diffusers
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_families.py
 
-accept-requests: $(INSTALLED) ## Snapshots after every step of five samplers, and servers that hand over to and fro
-	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py
+accept-requests: $(INSTALLED) ## Snapshots after every step of five samplers, servers that hand over, masks with every sampler
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_inpainting.py
 
 accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \

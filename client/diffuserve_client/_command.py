@@ -107,6 +107,11 @@ def generate(
     eta: Annotated[float | None, typer.Option(help="0 to 1: fresh noise of ddim and tcd.")] = None,
     seed: Annotated[int | None, typer.Option(help="Image i uses SEED + i; the server draws one otherwise.")] = None,
     num_images: Annotated[int | None, typer.Option("--num-images", "-n", help="How many.")] = None,
+    init_image: Annotated[Path | None, typer.Option(help="A picture to begin with: PNG, JPEG or WebP.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A picture of INIT_IMAGE's size: white is made anew, black is kept.")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="Above 0 to 1: how much of INIT_IMAGE is made anew.")] = None,
     image_format: Annotated[
         str | None, typer.Option("--format", help="png, jpeg or webp; else what the file's suffix says.")
     ] = None,
@@ -117,7 +122,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
     """Make a picture from a prompt. Prints each file with its seed and the seconds that the request took."""
-    given = {
+    given: dict[str, object] = {
         "checkpoint": checkpoint,
         "negative_prompt": negative_prompt,
         "width": width,
@@ -130,11 +135,14 @@ def generate(
         "eta": eta,
         "seed": seed,
         "num_images": num_images,
+        "strength": strength,
         "priority": priority,
         "deadline_ms": deadline_ms,
         "client_tag": client_tag,
     }
     with _errors_as_exit_codes():
+        pictures = {"init_image": init_image, "mask_image": mask}
+        given |= {name: _read(path) for name, path in pictures.items() if path is not None}
         request = GenerateRequest(
             prompt=prompt,
             image_format=image_format or _format_of(output),
@@ -146,6 +154,16 @@ def generate(
         result, seconds = _run(request, url, timeout)
         _write(paths, result)
         typer.echo(_as_json(result, paths, seconds) if as_json else _as_text(result, paths, seconds))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}; give a picture's file") from error
+    if not content:  # which the server would take for none
+        raise InvalidArgumentError(f"{path} is empty; give a picture's file")
+    return content
 
 
 def _format_of(output: Path) -> str:

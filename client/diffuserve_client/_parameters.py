@@ -37,6 +37,7 @@ class GenerateParameters(ResumeParameters, total=False):
     seed: int
     num_images: int
     init_image: bytes
+    mask_image: bytes
     strength: float
     image_format: str
 

@@ -8,17 +8,19 @@ from dataclasses import replace
 from typing import Final
 
 import torch
+from PIL import Image
 
 from diffuserve.components import ComponentRunner, blank_inputs, cast_inputs, check_rows
 from diffuserve.conditioning import Conditioner
 from diffuserve.engine import Group
-from diffuserve.errors import InvalidArgumentError, UnsupportedError
-from diffuserve.images import pixels_from_image, read_image
+from diffuserve.errors import InvalidArgumentError
+from diffuserve.first_latents import Given
+from diffuserve.images import mask_from_image, pixels_from_image, read_pictures, resized
 from diffuserve.manifest import Deployment, Manifest
 from diffuserve.request import DEFAULT_STRENGTH, RANDOM_SEED, GenerateRequest, ResolvedRequest
 from diffuserve.sampling import Trajectory, TrajectoryCompiler
 from diffuserve.snapshot import ImageState
-from diffuserve.spec import LATENTS, PIXELS, SAMPLE_LATENTS, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.spec import LATENTS, PIXELS, SAMPLE_INPAINT, UNET, VAE_DECODER, VAE_ENCODER
 
 __all__ = ["Checkpoint"]
 
@@ -38,6 +40,7 @@ class Checkpoint:
         #: What the UNet is told for requests.
         self.condition = Conditioner(self.manifest, deployment.folder(name), runner)
         self._compile = TrajectoryCompiler(self.manifest.scheduler)
+        self._tells_masks = self.manifest.conditioning.sample == SAMPLE_INPAINT
 
     def resolve(self, request: GenerateRequest) -> ResolvedRequest:
         """Fill in the checkpoint's defaults.
@@ -45,19 +48,8 @@ class Checkpoint:
         Raises InvalidArgumentError or UnsupportedError for what this checkpoint cannot do.
         """
         manifest = self.manifest
-        if manifest.conditioning.sample != SAMPLE_LATENTS:
-            raise UnsupportedError(
-                f"{self.name} paints what a mask leaves out of a picture, and masks are not supported by this server "
-                "yet; ask another checkpoint",
-                input="checkpoint",
-            )
         width, height = request.width, request.height
-        image = read_image("init_image", request.init_image) if request.init_image else None
-        if image is None and request.strength != DEFAULT_STRENGTH:
-            raise InvalidArgumentError(
-                "strength is given without init_image, the picture that it is about; give one, or leave it out",
-                input="strength",
-            )
+        image, mask = self._read(request)
         if image is not None:
             width, height = (
                 manifest.size.fit(side) if asked is None else asked
@@ -72,7 +64,7 @@ class Checkpoint:
         # As diffusers: a scale that the UNet is told takes the place of the second row.
         guided = guidance > 1 and not manifest.conditioning.guidance_embedding
         seed = secrets.randbelow(_SEED_BOUND) if request.seed == RANDOM_SEED else request.seed
-        return ResolvedRequest(
+        resolved = ResolvedRequest(
             request=replace(request, seed=seed),
             checkpoint=self.name,
             width=width,
@@ -83,12 +75,48 @@ class Checkpoint:
             sigma_schedule=schedule,
             seed=seed,
             rows=2 if guided else 1,
-            image=image,
         )
+        return self._fitted(resolved, image, mask)
+
+    def with_pictures(self, resolved: ResolvedRequest) -> ResolvedRequest:
+        """The same with the pictures that its request still has. Raises InvalidArgumentError as `resolve` does."""
+        return self._fitted(resolved, *read_pictures(resolved.request.init_image, resolved.request.mask_image))
+
+    def _read(self, request: GenerateRequest) -> tuple[Image.Image | None, Image.Image | None]:
+        """The request's picture and mask, as large as they came."""
+        if self._tells_masks and not request.mask_image:
+            raise InvalidArgumentError(
+                f"{self.name} makes anew what a mask covers of a picture, and mask_image is not given; give init_image "
+                "and mask_image, or ask another checkpoint",
+                input="mask_image",
+            )
+        if not request.init_image and request.strength != DEFAULT_STRENGTH:
+            raise InvalidArgumentError(
+                "strength is given without init_image, the picture that it is about; give one, or leave it out",
+                input="strength",
+            )
+        return read_pictures(request.init_image, request.mask_image)
+
+    def _fitted(
+        self, resolved: ResolvedRequest, image: Image.Image | None, mask: Image.Image | None
+    ) -> ResolvedRequest:
+        """The pictures in the request's size, so that what waits takes no more memory than is needed."""
+        size, factor = (resolved.width, resolved.height), self.manifest.latent_scale
+        image = None if image is None else resized(image, *size)
+        mask = None if mask is None else resized(mask, *size)
+        if mask is not None and not bool(_latent_mask(mask, factor).any()):
+            raise InvalidArgumentError(
+                f"mask_image is black, or has white only in specks of less than {factor} pixels at {size[0]} x "
+                f"{size[1]}, which leaves nothing to make; paint what is to be made anew in white",
+                input="mask_image",
+            )
+        return replace(resolved, image=image, mask=mask)
 
     def trajectory(self, resolved: ResolvedRequest) -> Trajectory:
         """The table of the request's sampler. Raises CompileError where there is none at these steps."""
         strength = resolved.request.strength if resolved.image is not None else None
+        if resolved.mask is not None and strength == 1:
+            strength = None  # as diffusers' inpainting: it begins with noise alone
         return self._compile(resolved.sampler, resolved.steps, resolved.sigma_schedule, resolved.eta, strength)
 
     def noise(self, resolved: ResolvedRequest, generator: torch.Generator) -> torch.Tensor:
@@ -96,7 +124,7 @@ class Checkpoint:
         return torch.randn((1, *self._latent_shape(resolved)), generator=generator, dtype=torch.float32)[0]
 
     def check_states(self, resolved: ResolvedRequest, images: Sequence[ImageState]) -> None:
-        """Raise InvalidArgumentError where images that were begun elsewhere have other latents than this one's."""
+        """Raise InvalidArgumentError where images that were begun elsewhere have other tensors than this one's."""
         self.manifest.size.check("width", resolved.width)
         self.manifest.size.check("height", resolved.height)
         shape = self._latent_shape(resolved)
@@ -107,15 +135,33 @@ class Checkpoint:
                     f"{list(shape)} at {resolved.width} x {resolved.height}",
                     input="resume",
                 )
+            if image.draws and self._tells_masks != (image.masked is not None and image.masked.noise is None):
+                raise InvalidArgumentError(
+                    f"the snapshot's mask is not of the kind that {self.name} takes; resume it where it was begun",
+                    input="resume",
+                )
 
     def _latent_shape(self, resolved: ResolvedRequest) -> tuple[int, int, int]:
         factor = self.manifest.latent_scale
         return self.manifest.latent_channels, resolved.height // factor, resolved.width // factor
 
-    def encode(self, resolved: ResolvedRequest, *, trace: object | None = None) -> torch.Tensor:
-        """Mean and standard deviation [2, C, h, w] float32 of the latents of the request's picture."""
+    def encode(self, resolved: ResolvedRequest, *, trace: object | None = None) -> Given:
+        """What the request's pictures give its first latents."""
+        if resolved.image is None:
+            return Given()
+        pixels = pixels_from_image(resolved.image)
+        if resolved.mask is None:
+            return Given(self._moments(pixels, trace))
+        mask = _latent_mask(resolved.mask, self.manifest.latent_scale)
+        if not self._tells_masks:
+            return Given(self._moments(pixels, trace), mask)
+        begins_with_it = resolved.request.strength < 1
+        masked = self._moments(pixels.masked_fill(mask_from_image(resolved.mask), 0.0), trace)
+        return Given(self._moments(pixels, trace) if begins_with_it else None, mask, masked)
+
+    def _moments(self, pixels: torch.Tensor, trace: object | None) -> torch.Tensor:
+        """Mean and standard deviation [2, C, h, w] float32 of the latents of a picture [3, H, W]."""
         component = self.manifest.components[VAE_ENCODER]
-        pixels = pixels_from_image(resolved.image, resolved.width, resolved.height)
         inputs = cast_inputs(component, {PIXELS: pixels[None].contiguous()})
         moments = check_rows(component, self._runner.run(component, inputs, trace=trace)["moments"], 1)
         return torch.stack(moments[0].to(device="cpu", dtype=torch.float32).chunk(2))
@@ -133,3 +179,8 @@ class Checkpoint:
         sides = self.manifest.sides(group.width, group.height)
         sides = {**sides, "rows": rows, "tokens": self.manifest.token_limit}
         return lambda: self._runner.run(component, blank_inputs(component, sides))
+
+
+def _latent_mask(mask: Image.Image, factor: int) -> torch.Tensor:
+    """The mask in the latents' size [1, h, w]: of every `factor` pixels the first, as diffusers' interpolation does."""
+    return mask_from_image(mask)[:, ::factor, ::factor]

@@ -15,12 +15,21 @@ from PIL import Image, ImageOps
 
 from diffuserve.errors import ComponentFailedError, InvalidArgumentError
 
-__all__ = ["encode_image", "image_from_pixels", "pixels_from_image", "read_image"]
+__all__ = [
+    "encode_image",
+    "image_from_pixels",
+    "mask_from_image",
+    "pixels_from_image",
+    "read_image",
+    "read_pictures",
+    "resized",
+]
 
 MAX_IMAGE_BYTES: Final = 32 << 20
 MAX_IMAGE_PIXELS: Final = 4096 * 4096
 #: Formats that are read: none of them names files, runs code, or is a page to be drawn.
 _READ: Final = ("PNG", "JPEG", "WEBP")
+_LIGHT: Final = 128
 
 # High enough that what a viewer sees is the model's picture, not the codec's.
 _SAVE_OPTIONS: Final[dict[str, dict[str, Any]]] = {
@@ -67,15 +76,41 @@ def read_image(name: str, data: bytes) -> Image.Image:
             name, f"has {width} x {height} pixels, and at most {MAX_IMAGE_PIXELS} in all are taken; make it smaller"
         )
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright: Image.Image = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255 where it should scale them
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
     except Exception as error:  # whatever a damaged file makes a codec raise
         raise _refused(name, f"cannot be decoded ({error}); send the whole file") from error
 
 
-def pixels_from_image(image: Image.Image, width: int, height: int) -> torch.Tensor:
-    """Pixels [3, height, width] float32 in -1 to 1, resized as diffusers' VaeImageProcessor does."""
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+def read_pictures(init_image: bytes, mask_image: bytes) -> tuple[Image.Image | None, Image.Image | None]:
+    """Both pictures of a request, None where there is none. Raises InvalidArgumentError as `read_image` does, and where
+    the mask has another size than the picture.
+    """
+    image = read_image("init_image", init_image) if init_image else None
+    mask = read_image("mask_image", mask_image) if mask_image else None
+    if image is not None and mask is not None and mask.size != image.size:
+        raise _refused(
+            "mask_image",
+            f"has {mask.size[0]} x {mask.size[1]} pixels and init_image {image.size[0]} x {image.size[1]}; give a mask "
+            "of the picture's size",
+        )
+    return image, mask
+
+
+def resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture in that size, as diffusers' VaeImageProcessor makes it."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def mask_from_image(image: Image.Image) -> torch.Tensor:
+    """A mask [1, H, W] bool, true where the picture is light, as diffusers' mask processor reads it."""
+    return torch.from_numpy(np.array(image.convert("L")) >= _LIGHT)[None]
+
+
+def pixels_from_image(image: Image.Image) -> torch.Tensor:
+    """Pixels [3, H, W] float32 in -1 to 1, as diffusers' VaeImageProcessor makes them."""
     levels = torch.from_numpy(np.array(image, dtype=np.float32))
     return (levels / 255).permute(2, 0, 1) * 2 - 1
 

@@ -43,7 +43,7 @@ IMAGE_ENCODINGS: Final = ("binary", "base64")
 EventKind = Literal["queued", "progress", "image", "snapshot", "heartbeat", "status"]
 EVENT_KINDS: Final[tuple[EventKind, ...]] = ("queued", "progress", "image", "snapshot", "heartbeat", "status")
 
-_BYTES: Final = ("init_image", "resume")
+_BYTES: Final = ("init_image", "mask_image", "resume")
 #: What may be asked of a request that is resumed; all else is in its snapshot.
 _BESIDE_RESUME: Final = ("progress_every", "heartbeat_ms", "image_encoding", "priority", "deadline_ms", "client_tag")
 
@@ -95,7 +95,8 @@ def _check_text(name: str, value: str, limit: int) -> None:
 class GenerateRequest:
     """One request for pictures. None means: the checkpoint's own value.
 
-    `init_image` is an encoded picture to begin with, or none, and `strength` how much of it is made anew.
+    `init_image` is an encoded picture to begin with, or none, and `strength` how much of it is made anew; `mask_image`,
+    an encoded picture of its size, or none, is white where that happens and black where it is kept.
     `resume` is a snapshot's bytes, or none; with one, everything but how it is answered is the snapshot's.
 
     Raises InvalidArgumentError with the value, the limit and the remedy.
@@ -115,6 +116,7 @@ class GenerateRequest:
     seed: int = RANDOM_SEED
     num_images: int = 1
     init_image: bytes = b""
+    mask_image: bytes = b""
     strength: float = DEFAULT_STRENGTH
     progress_every: int = 0
     heartbeat_ms: int = 0
@@ -142,13 +144,7 @@ class GenerateRequest:
             _check_range("guidance_scale", self.guidance_scale, 0, 50)
         _check_range("guidance_rescale", self.guidance_rescale, 0, 1)
         _check_range("eta", self.eta, 0, 1)
-        if self.strength == 0:
-            raise InvalidArgumentError(
-                "strength is 0, which would leave the picture as it is; it must be above 0, to 1",
-                input="strength",
-                value=0,
-            )
-        _check_range("strength", self.strength, 0, 1)
+        self._check_pictures()
         _check_range("num_images", self.num_images, 1, MAX_IMAGES)
         _check_range("seed", self.seed, RANDOM_SEED, MAX_SEED, "-1 lets the server draw one")
         if self.seed + self.num_images - 1 > MAX_SEED:
@@ -181,6 +177,20 @@ class GenerateRequest:
                 input=name,
             )
 
+    def _check_pictures(self) -> None:
+        if self.strength == 0:
+            raise InvalidArgumentError(
+                "strength is 0, which would leave the picture as it is; it must be above 0, to 1",
+                input="strength",
+                value=0,
+            )
+        _check_range("strength", self.strength, 0, 1)
+        if self.mask_image and not self.init_image:
+            raise InvalidArgumentError(
+                "mask_image is given without init_image, the picture that it is a mask of; give both, or neither",
+                input="mask_image",
+            )
+
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in fields(cls))
@@ -204,7 +214,7 @@ class ResolvedRequest:
     """A request with nothing left to default: what `info` reports, and what makes the same picture again.
 
     `rows` is how many rows each of its images has in a UNet call: with guidance 2, the prompt's and the negative
-    prompt's. `image` is the decoded `init_image`, a PIL picture, or None.
+    prompt's. `image` and `mask` are the decoded `init_image` and `mask_image`, PIL pictures of this size, or None.
     """
 
     request: GenerateRequest
@@ -218,6 +228,7 @@ class ResolvedRequest:
     seed: int
     rows: int
     image: Any = None
+    mask: Any = None
 
     @property
     def eta(self) -> float:

@@ -34,6 +34,7 @@ from diffuserve.engine import (
     Trial,
 )
 from diffuserve.errors import CancelledError, DiffuserveError, DrainingError, InvalidArgumentError, NotFoundError
+from diffuserve.first_latents import Given, begun
 from diffuserve.heartbeats import Heartbeats
 from diffuserve.images import encode_image, image_from_pixels
 from diffuserve.job import Job, Reply
@@ -140,10 +141,7 @@ class DiffusionService:
             self._changed.wait_for(lambda: not self._jobs, grace)
             unprepared, self._unprepared = self._unprepared, []
         for job in unprepared:
-            if job.resolved.image is None:
-                job.suspend(*job.beginning.images)
-            else:  # a snapshot would have to hold its picture
-                job.fail(_draining())
+            job.suspend(*job.beginning.images)
         self.loop.suspend()
         with self._changed:
             self._changed.wait_for(lambda: not self._jobs)
@@ -190,7 +188,8 @@ class DiffusionService:
                 input="resume",
             )
         checkpoint.check_states(resolved, snapshot.images)
-        return replace(snapshot, resolved=replace(resolved, request=resolved.request.answered_as(request)))
+        resolved = checkpoint.with_pictures(replace(resolved, request=resolved.request.answered_as(request)))
+        return replace(snapshot, resolved=resolved)
 
     def _checkpoint(self, name: str | None) -> Checkpoint:
         checkpoint = self._checkpoints.get(name or self._default)
@@ -264,8 +263,8 @@ class DiffusionService:
             return taken
 
     def _join(self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor]) -> None:
-        picture = checkpoint.encode(job.resolved, trace=job.trace) if job.resolved.image is not None else None
-        tracks = [self._track(checkpoint, job, conditioning, image, picture) for image in job.beginning.images]
+        given = checkpoint.encode(job.resolved, trace=job.trace)
+        tracks = [self._track(checkpoint, job, conditioning, image, given) for image in job.beginning.images]
         job.ready_at = time.monotonic()
         job.tracks = tuple(tracks)
         job.let_go_of_pictures()
@@ -289,19 +288,14 @@ class DiffusionService:
         job: Job,
         conditioning: Mapping[str, torch.Tensor],
         image: ImageState,
-        picture: torch.Tensor | None,
+        given: Given,
     ) -> Track:
-        """`picture` is the mean and the standard deviation of a given picture's latents."""
         resolved, trajectory = job.resolved, job.beginning.remaining(image)
         generator = torch.Generator().manual_seed(resolved.seed + image.index)
         draw = partial(checkpoint.noise, resolved, generator)
-        if image.draws:
-            latents, first_draws = image.latents, image.draws
-            for _ in range(first_draws):
-                draw()
-        else:  # in diffusers' order: the picture's latents, then the noise
-            given = 0.0 if picture is None else trajectory.image_scale * (picture[0] + picture[1] * draw())
-            latents, first_draws = draw() * trajectory.initial_scale + given, 1 if picture is None else 2
+        for _ in range(image.draws):
+            draw()
+        state = image if image.draws else begun(image, trajectory, given, draw)
 
         def on_latents(latents: torch.Tensor) -> None:
             job.stepped_at = time.monotonic()
@@ -310,18 +304,19 @@ class DiffusionService:
                 job.fail(_shutting_down())
 
         def on_suspend(latents: torch.Tensor, history: torch.Tensor) -> None:
-            draws = first_draws + int(trajectory.draws[: track.evaluation].sum())
-            evaluation, steps = image.evaluation + track.evaluation, track.steps_done(track.evaluation)
-            job.suspend(ImageState(image.index, evaluation, steps, draws, latents, history))
+            draws = state.draws + int(trajectory.draws[: track.evaluation].sum())
+            evaluation, steps = state.evaluation + track.evaluation, track.steps_done(track.evaluation)
+            job.suspend(ImageState(state.index, evaluation, steps, draws, latents, history, state.masked))
 
         track = Track(
             group=Group(checkpoint.name, resolved.height, resolved.width),
             trajectory=trajectory,
             guidance_scale=resolved.guidance_scale,
             guidance_rescale=resolved.request.guidance_rescale,
-            latents=latents,
-            history=image.history if image.draws else None,
-            steps_before=image.steps,
+            latents=state.latents,
+            history=state.history,
+            steps_before=state.steps,
+            masked=state.masked,
             conditioning=conditioning,
             generator=generator,
             priority=resolved.request.priority,

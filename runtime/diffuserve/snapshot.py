@@ -3,9 +3,10 @@
     magic, format version | CRC-32 of the rest | HMAC-SHA256 of the rest | safetensors
 
 It holds what the next step needs and nothing else: the rest of the compiled table, each unfinished image's latents and
-the history that the table still uses, how far its noise generator has come, and the hash of the weights. Prompts are
-encoded anew where it is resumed. A snapshot comes back from a client, so it is untrusted until its signature is
-checked, and is parsed within limits after that.
+the history that the table still uses, with a mask what is kept of the given picture, how far the noise generator has
+come, and the hash of the weights. Prompts are encoded anew where it is resumed. Of a request that was not begun it
+holds the given pictures as they came, instead of latents. A snapshot comes back from a client, so it is untrusted until
+its signature is checked, and is parsed within limits after that.
 """
 
 from __future__ import annotations
@@ -25,25 +26,28 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from diffuserve.engine import Masked
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import GenerateRequest, ResolvedRequest
 from diffuserve.sampling import HISTORY, Trajectory
 
 __all__ = ["MAX_SNAPSHOT_BYTES", "ImageState", "Snapshot", "decode_snapshot", "encode_snapshot", "lags_used", "rest_of"]
 
-#: 16 images of 1536 x 1536 pixels with a full history, and room for the table.
-MAX_SNAPSHOT_BYTES: Final = 48 << 20
+#: 16 images of 1536 x 1536 pixels with a full history and what a mask keeps, or two given pictures of 32 MiB; and room
+#: for the table.
+MAX_SNAPSHOT_BYTES: Final = 65 << 20
 
 _MAGIC: Final = b"dfsv"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _HEAD: Final = struct.Struct(f">{len(_MAGIC)}sBI32s")
 _MAX_EVALUATIONS: Final = 2 * 150  # Heun and DPM2 take two a step
 _MAX_DRAWS: Final = 16 * _MAX_EVALUATIONS
 _MAX_FACTS_BYTES: Final = 128 << 10  # two prompts of 8 KiB in JSON's escapes, and the rest
-_NUMBERS: Final = ("timestep", "input_scale", "p", "q", "a", "c")
+_NUMBERS: Final = ("timestep", "input_scale", "p", "q", "a", "c", "kept_image", "kept_noise")
 _COUNTS: Final = ("remember", "draws", "steps_done")
 _MAX_TABLE_BYTES: Final = _MAX_EVALUATIONS * (4 * (len(_NUMBERS) + 1 + HISTORY) + len(_COUNTS))
-_ABOUT_TABLE: Final = ("sampler", "steps", "schedule", "eta", "residual", "initial_scale")
+_ABOUT_TABLE: Final = ("sampler", "steps", "schedule", "eta", "residual", "initial_scale", "image_scale", "strength")
+_PICTURES: Final = ("init_image", "mask_image")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +61,7 @@ class ImageState:
                 of an image that was not begun
     latents     [C, h, w] float32; of an image that was not begun [0, 0, 0]
     history     [n, C, h, w] float32, the newest first: what later evaluations still read
+    masked      of an image with a mask that was begun
     """
 
     index: int
@@ -65,6 +70,7 @@ class ImageState:
     draws: int
     latents: torch.Tensor
     history: torch.Tensor
+    masked: Masked | None = None
 
     @classmethod
     def new(cls, index: int) -> ImageState:
@@ -120,6 +126,13 @@ def encode_snapshot(snapshot: Snapshot, key: bytes) -> bytes:
     for image in snapshot.images:
         tensors[f"latents.{image.index}"] = image.latents.cpu().contiguous()
         tensors[f"history.{image.index}"] = image.history.cpu().contiguous()
+        if image.masked is not None:  # one mask for all of them
+            tensors["mask"] = _packed(np.packbits(image.masked.mask.numpy()).tobytes())
+            given = (image.masked.latents, image.masked.noise)
+            tensors[f"given.{image.index}"] = torch.stack([one for one in given if one is not None])
+    if not all(image.draws for image in snapshot.images):
+        pictures = {name: getattr(snapshot.resolved.request, name) for name in _PICTURES}
+        tensors |= {name: _bytes(content) for name, content in pictures.items() if content}
     body: bytes = safetensors.torch.save(tensors)
     return _HEAD.pack(_MAGIC, _VERSION, zlib.crc32(body), _signature(body, key)) + body
 
@@ -138,8 +151,12 @@ def decode_snapshot(data: bytes, key: bytes) -> Snapshot:
         raise _refused(f"the snapshot cannot be read ({error!r}); resume it on a server of its release") from error
 
 
+def _bytes(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
 def _packed(content: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(zlib.compress(content, 9)), dtype=torch.uint8)
+    return _bytes(zlib.compress(content, 9))
 
 
 def _unpacked(tensor: torch.Tensor, limit: int) -> bytes:
@@ -152,7 +169,9 @@ def _unpacked(tensor: torch.Tensor, limit: int) -> bytes:
 
 def _facts(snapshot: Snapshot) -> bytes:
     resolved = {
-        one.name: getattr(snapshot.resolved, one.name) for one in fields(snapshot.resolved) if one.name != "image"
+        one.name: getattr(snapshot.resolved, one.name)
+        for one in fields(snapshot.resolved)
+        if one.name not in ("image", "mask")
     }
     facts = {
         "resolved": {**resolved, "request": snapshot.resolved.request.parameters()},
@@ -192,7 +211,9 @@ def _table(content: bytes, about: Mapping[str, Any]) -> Trajectory:
 
 
 def _snapshot(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Snapshot:
-    resolved = ResolvedRequest(**{**facts["resolved"], "request": GenerateRequest(**facts["resolved"]["request"])})
+    pictures: dict[str, Any] = {name: tensors[name].numpy().tobytes() for name in _PICTURES if name in tensors}
+    request = GenerateRequest(**facts["resolved"]["request"], **pictures)
+    resolved = ResolvedRequest(**{**facts["resolved"], "request": request})
     table = _table(_unpacked(tensors["table"], _MAX_TABLE_BYTES), facts["table"])
     first, images = int(facts["first"]), []
     for index, evaluation, steps, draws in facts["images"]:
@@ -203,12 +224,22 @@ def _snapshot(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
             raise ValueError(f"its image {index} has latents of shape {list(latents.shape)} after {draws} draws")
         if len(history) > HISTORY or any(one.dtype != torch.float32 for one in (latents, history)):
             raise ValueError(f"its image {index} has a history of {len(history)}, and {HISTORY} are kept in float32")
-        images.append(ImageState(index, evaluation, steps, draws, latents, history))
+        masked = _masked(index, tensors, latents.shape) if f"given.{index}" in tensors else None
+        images.append(ImageState(index, evaluation, steps, draws, latents, history, masked))
     if not images or len({one.index for one in images}) < len(images):
         raise ValueError("it holds no image, or one twice")
     return Snapshot(
         resolved=resolved, weights=str(facts["weights"]), trajectory=table, first=first, images=tuple(images)
     )
+
+
+def _masked(index: int, tensors: Mapping[str, torch.Tensor], shape: torch.Size) -> Masked:
+    given, (_, height, width) = tensors[f"given.{index}"], shape
+    if given.shape not in ((1, *shape), (2, *shape)) or given.dtype != torch.float32:
+        raise ValueError(f"its image {index} has given latents of shape {list(given.shape)}")
+    bits = np.frombuffer(_unpacked(tensors["mask"], height * width // 8 + 1), dtype=np.uint8)
+    mask = np.unpackbits(bits)[: height * width].astype(np.bool_).reshape(1, height, width)
+    return Masked(torch.from_numpy(mask), *given.unbind())
 
 
 def _checked_body(data: bytes, key: bytes) -> bytes:

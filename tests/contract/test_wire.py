@@ -48,6 +48,7 @@ DOCUMENTED_OUTPUTS = "event BYTES, data BYTES, index INT32, step INT32, steps IN
 @st.composite
 def requests(draw: st.DrawFn) -> GenerateRequest:
     num_images = draw(st.integers(1, 16))
+    init_image = draw(st.binary())
     return GenerateRequest(
         prompt=draw(TEXT),
         negative_prompt=draw(TEXT),
@@ -59,7 +60,8 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
         sampler=draw(NAME),
         seed=draw(st.integers(-1, MAX_SEED - num_images + 1)),
         num_images=num_images,
-        init_image=draw(st.binary()),
+        init_image=init_image,
+        mask_image=draw(st.binary()) if init_image else b"",
         strength=draw(st.floats(0.001, 1)),
         progress_every=draw(st.integers(0, 150)),
         image_format=draw(st.sampled_from(IMAGE_FORMATS)),

@@ -71,6 +71,21 @@ def _sdxl(folder: Path) -> None:
     _set_scheduler(folder, {**_config(made.scheduler), **_OTHERS})
 
 
+def _inpaint(folder: Path) -> None:
+    """A UNet that is told masks."""
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "diffuserve.json").unlink()
+    config = {**random_pipeline("sd15-inpaint").unet.config, "cross_attention_dim": 64}
+    diffusers.UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+
+
+def _sdxl_inpaint(folder: Path) -> None:
+    """SDXL's UNet, told masks."""
+    _sdxl(folder)
+    config = {**random_pipeline("sdxl").unet.config, "in_channels": 9}
+    diffusers.UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+
+
 def _turbo(folder: Path) -> None:
     """SDXL's, with Turbo's scheduler."""
     _sdxl(folder)
@@ -94,9 +109,11 @@ def _set_scheduler(folder: Path, config: dict[str, Any]) -> None:
 #: What makes each one's folder, and the precision that it is exported in.
 FAMILIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "sd15": (lambda folder: shutil.copytree(CHECKPOINT, folder), "fp32"),
+    "sd15-inpaint": (_inpaint, "fp32"),
     "sd21": (_sd21, "fp32"),
     "lcm": (_lcm, "fp32"),
     "sdxl": (_sdxl, "fp32"),
+    "sdxl-inpaint": (_sdxl_inpaint, "fp32"),
     "turbo": (_turbo, "fp32"),
     "sdxl-half": (_sdxl, "fp16"),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
@@ -17,20 +17,19 @@ from diffuserve.components import InProcessRunner
 from diffuserve.engine import StepCosts, StepPolicy
 from diffuserve.manifest import Deployment
 from diffuserve.request import GenerateRequest
+from diffuserve.sampling import SAMPLERS
 from diffuserve.service import DiffusionService
 from diffuserve.spec import UNET
 from integration.families import Families, Model, Models
 from unit.fakes import Recorder
+from unit.pictures import encoded, mask, picture
 
 __all__ = ["CASES", "NEGATIVE", "Case", "Served", "difference", "expected", "serve", "usual"]
 
 PROMPT, NEGATIVE = "a large red circle on a blue background", "a small green ring"
+#: Of samplers by other names than ours.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
     "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
 }
 
@@ -47,9 +46,14 @@ class Case:
     width: int = 64
     height: int = 64
     seed: int = 3
+    strength: float | None = None
+    has_mask: bool = False
 
     @property
     def request(self) -> GenerateRequest:
+        given: dict[str, Any] = {name: encoded(image) for name, image in self.pictures.items()}
+        if self.strength is not None:
+            given["strength"] = self.strength
         return GenerateRequest(
             prompt=PROMPT,
             negative_prompt=self.negative,
@@ -60,11 +64,22 @@ class Case:
             guidance_scale=self.guidance,
             sampler=self.sampler,
             seed=self.seed,
+            **given,
         )
+
+    @property
+    def pictures(self) -> dict[str, Any]:
+        """What it begins with."""
+        if self.strength is None:
+            return {}
+        size = (self.width, self.height)
+        given = {"init_image": picture(*size)}
+        return {**given, "mask_image": mask(*size)} if self.has_mask else given
 
     def __str__(self) -> str:
         asked = (self.family, self.sampler, self.steps, self.guidance, self.negative and "negative", self.width)
-        return " ".join(str(one) for one in asked if one)
+        began = (self.strength, self.has_mask and "mask")
+        return " ".join(str(one) for one in (*asked, *began) if one)
 
 
 def usual(family: str, *samplers: str) -> list[Case]:
@@ -83,6 +98,18 @@ CASES = [
     *usual("sd21", "euler", "DPM++ 2M Karras"),
     *usual("sdxl", "ddim", "Euler a", "heun"),
     Case("sdxl", guidance=3.0, seed=11),
+    Case("sdxl", strength=0.6),
+    Case("sdxl", "heun", steps=10, negative=NEGATIVE, strength=0.3, has_mask=True),
+    Case("sdxl", strength=0.7, has_mask=True),
+    Case("sdxl", "Euler a", guidance=1.0, strength=1.0, has_mask=True, seed=11),
+    Case("sdxl-inpaint", steps=10, negative=NEGATIVE, strength=0.3, has_mask=True),
+    Case("sdxl-inpaint", "Euler a", guidance=3.0, strength=0.7, has_mask=True, seed=11),
+    Case("sdxl-inpaint", "heun", strength=1.0, has_mask=True),
+    Case("sd15-inpaint", steps=10, negative=NEGATIVE, strength=0.3, has_mask=True),
+    Case("sd15-inpaint", "DPM++ 2M Karras", strength=0.7, has_mask=True, width=96, height=48),
+    Case("sd15-inpaint", "heun", guidance=3.0, strength=0.7, has_mask=True, seed=11),
+    Case("sd15-inpaint", "Euler a", guidance=1.0, strength=1.0, has_mask=True),
+    Case("sd15-inpaint", strength=1.0, has_mask=True),
     Case("turbo", steps=None),
     Case("turbo", steps=2, guidance=0.0, negative=NEGATIVE, seed=5),
     Case("turbo", "ddim", guidance=3.0),
@@ -90,6 +117,7 @@ CASES = [
     Case("lcm", guidance=1.3, negative=NEGATIVE),
     Case("lcm", "tcd", guidance=8.5, negative=NEGATIVE),
     Case("lcm", "euler", width=96, height=48),
+    Case("lcm", strength=0.7, has_mask=True),
     *usual("sdxl-half", "ddim", "Euler a"),
 ]
 
@@ -127,12 +155,12 @@ class Served:
     infos: dict[Case, dict[str, Any]] = field(default_factory=dict)
 
 
-def serve(deployment: Deployment, models: Models) -> Served:
-    """Every case of the deployment's checkpoints at once, through one service: all join before the second step."""
+def serve(deployment: Deployment, models: Models, cases: Sequence[Case] = CASES) -> Served:
+    """All cases of the deployment's checkpoints at once, through one service: they join before the second step."""
     watched = Watched(models)
     policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 64, efficiency=None, brisk=None)
     service = DiffusionService(deployment, InProcessRunner(watched.models), policy=policy)
-    replies = {case: Recorder() for case in CASES if case.family in deployment.checkpoints}
+    replies = {case: Recorder() for case in cases if case.family in deployment.checkpoints}
     for case, reply in replies.items():
         service.submit(case.request, reply)
     prepared = threading.Event()
@@ -153,24 +181,29 @@ def serve(deployment: Deployment, models: Models) -> Served:
 def expected(families: Families, case: Case, **more: Any) -> Any:
     """diffusers' picture, with some of the pipeline's arguments changed."""
     family = case.family.removesuffix("-half")
-    class_name = "StableDiffusionXLPipeline" if family in ("sdxl", "turbo") else "StableDiffusionPipeline"
-    if family == "lcm" and case.sampler is None:
+    kind = "XL" if family in ("sdxl", "sdxl-inpaint", "turbo") else ""
+    begun = "" if case.strength is None else "Inpaint" if case.has_mask else "Img2Img"
+    class_name = f"StableDiffusion{kind}{begun}Pipeline"
+    if family == "lcm" and case.sampler is None and not begun:
         class_name = "LatentConsistencyModelPipeline"
     pipeline = families.pipeline(family, class_name)
     own = pipeline.scheduler
-    defaults = {"sd15": (20, 2.0), "lcm": (4, 8.5), "turbo": (4, 0.0), "sdxl": (20, 5.0)}
+    defaults = {"sd15": (20, 2.0), "lcm": (4, 8.5), "turbo": (4, 0.0), "sdxl": (20, 5.0), "sdxl-inpaint": (20, 5.0)}
     steps, guidance = defaults.get(family, (20, 7.5))
     asked = {
         "num_inference_steps": case.steps or steps,
         "guidance_scale": guidance if case.guidance is None else case.guidance,
-        "width": case.width,
-        "height": case.height,
         "generator": torch.Generator().manual_seed(case.seed),
+        **({} if begun == "Img2Img" else {"width": case.width, "height": case.height}),
     }
+    if begun:
+        given = case.pictures
+        asked |= {"image": given.pop("init_image"), "strength": case.strength, **given}
     if class_name != "LatentConsistencyModelPipeline":
         asked["negative_prompt"] = case.negative or None
     if case.sampler:
-        scheduler, options = SCHEDULERS[case.sampler]
+        known = SAMPLERS.get(case.sampler)
+        scheduler, options = (known.scheduler_class, known.config) if known else SCHEDULERS[case.sampler]
         pipeline.scheduler = getattr(diffusers, scheduler).from_config(own.config, **options)
     try:
         return np.asarray(pipeline(PROMPT, **{**asked, **more}).images[0]).astype(int)

@@ -5,15 +5,19 @@ torch's modules stand in for the graphs, which an export holds equal to them; te
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from PIL import Image
 
 from integration.families import Families, torch_families
 from integration.family_cases import CASES, Case, Served, difference, expected, serve, usual
+from unit.pictures import mask, picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: SD1.5 is what every other test is about.
-NAMES = ("sd21", "lcm", "sdxl", "turbo")
+NAMES = ("sd15-inpaint", "sd21", "lcm", "sdxl", "sdxl-inpaint", "turbo")
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +47,31 @@ def test_another_word_size_or_scale_would_show(served: Served, families: Familie
     assert difference(served.pictures[lcm], expected(families, lcm, guidance_scale=8.0)) > 2
 
 
+def test_another_picture_or_mask_would_show(served: Served, families: Families) -> None:
+    """At strength 1 a picture is seen by UNets alone that are told masks, and put back by the others."""
+    told, put_back = (
+        Case("sd15-inpaint", strength=1.0, has_mask=True),
+        Case("sdxl", "Euler a", guidance=1.0, strength=1.0, has_mask=True, seed=11),
+    )
+    changes: dict[str, dict[str, Any]] = {
+        "picture": {"image": picture().transpose(Image.Transpose.ROTATE_180)},
+        "mask": {"mask_image": mask(box=(8, 16, 40, 40))},
+        "strength": {"strength": 0.9},
+    }
+    for case in (told, put_back):
+        for name, changed in changes.items():
+            found = difference(served.pictures[case], expected(families, case, **changed))
+            assert found > 10, (case, name, found)
+
+
 def test_requests_of_a_checkpoint_and_size_shared_their_calls(served: Served) -> None:
     assert {name: max(rows) for name, rows in served.rows.items()} == {
+        "sd15-inpaint": 2 + 2 + 1 + 2,
         "sd21": 2 + 2 + 1 + 2 + 2,
-        "sdxl": 2 + 2 + 1 + 2 + 2 + 2 + 2,
+        "sdxl": 2 + 2 + 1 + 2 + 2 + 2 + 2 + (2 + 2 + 2 + 1),
+        "sdxl-inpaint": 2 + 2 + 2,
         "turbo": 1 + 1 + 2,
-        "lcm": 1 + 1 + 1,
+        "lcm": 1 + 1 + 1 + 1,
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from typing import Any
 
 import diffusers
@@ -14,6 +13,9 @@ import torch
 from PIL import Image
 
 from diffuserve_client import Client, GenerateRequest, InvalidArgumentError
+from unit.pictures import SVG, encoded, png_of_size
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = "a small green ring on a white background"
 SCHEDULERS = {
@@ -22,12 +24,6 @@ SCHEDULERS = {
     "heun": "HeunDiscreteScheduler",
 }
 STRENGTHS = (0.3, 0.7, 1.0)
-
-
-def encoded(image: Image.Image, image_format: str = "PNG", **options: Any) -> bytes:
-    file = BytesIO()
-    image.save(file, format=image_format, **options)
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -93,23 +89,6 @@ def test_size_steps_and_formats(client: Client, start: Image.Image) -> None:
     assert (info["width"], info["height"], info["strength"], info["steps"]) == (96, 64, 0.5, 8)
     asked = client.generate(PROMPT, init_image=encoded(larger, "WEBP"), strength=0.5, steps=4, width=64, height=96)
     assert asked.image.size == (64, 96)
-
-
-def png_of_size(width: int, height: int) -> bytes:
-    """A PNG whose header says that size, over hardly any data."""
-    import struct
-    import zlib
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
-    )
-
-
-SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>'
 
 
 @pytest.mark.parametrize(

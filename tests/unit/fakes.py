@@ -81,7 +81,9 @@ class FakeModels:
         self.before_decode: Callable[[], None] = lambda: None
 
     def runner(self) -> InProcessRunner:
-        return InProcessRunner({"text_encoder": self.text, "unet": self.unet, "vae_decoder": self.decode})
+        return InProcessRunner(
+            {"text_encoder": self.text, "unet": self.unet, "vae_decoder": self.decode, "vae_encoder": self.encode}
+        )
 
     @staticmethod
     def text(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -92,12 +94,18 @@ class FakeModels:
         self.timesteps.append([float(t) for t in inputs["timestep"]])
         self.before_unet(len(self.rows))
         told = inputs["encoder_hidden_states"].mean(dim=(1, 2)) + inputs["timestep"] / 1000
-        return {"model_output": inputs["sample"] * 0.1 + told[:, None, None, None]}
+        latents, further = inputs["sample"][:, :4], inputs["sample"][:, 4:]  # a mask and a masked picture, if any
+        return {"model_output": latents * 0.1 + further.sum(dim=1, keepdim=True) / 9 + told[:, None, None, None]}
 
     def decode(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         self.before_decode()
         pixels = inputs["latents"][:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3)
         return {"pixels": pixels.tanh()}
+
+    @staticmethod
+    def encode(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        pixels = inputs["pixels"][:, [0, 1, 2, 0], ::8, ::8]
+        return {"moments": torch.cat([pixels, 0.1 + pixels.abs()], dim=1)}
 
 
 class Recorder:

@@ -17,7 +17,7 @@ from diffuserve.checkpoint import Checkpoint
 from diffuserve.components import InProcessRunner, cast_inputs
 from diffuserve.conditioning import embedded_guidance
 from diffuserve.engine import Group
-from diffuserve.errors import ComponentFailedError, UnsupportedError
+from diffuserve.errors import ComponentFailedError, InvalidArgumentError
 from diffuserve.manifest import Conditioning, Deployment, Encoder, TensorShape
 from diffuserve.request import GenerateRequest
 from diffuserve.spec import SAMPLE_INPAINT, UNET
@@ -259,7 +259,9 @@ def test_times_stay_float32_beside_half() -> None:
 
 def test_a_mask_is_asked_for_at_admission_and_measured_all_the_same(tmp_path: Path, models: Models) -> None:
     checkpoint = models.checkpoint(tmp_path, Conditioning(sample=SAMPLE_INPAINT))
-    with pytest.raises(UnsupportedError, match=r"fake paints .* masks are not supported .* ask another checkpoint"):
+    with pytest.raises(
+        InvalidArgumentError, match=r"fake makes anew .* give init_image and mask_image, or ask another"
+    ):
         checkpoint.resolve(ask())
     checkpoint.trial(Group("fake", height=64, width=64), rows=1)()
     assert models.unet_inputs["sample"].shape == (1, 4, 8, 8)

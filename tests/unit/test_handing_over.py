@@ -14,11 +14,14 @@ import pytest
 
 from diffuserve.engine import StepCosts, StepPolicy
 from diffuserve.errors import DrainingError, InvalidArgumentError
-from diffuserve.manifest import Deployment
+from diffuserve.manifest import Conditioning, Deployment
 from diffuserve.request import Event, GenerateRequest
 from diffuserve.service import DiffusionService
+from diffuserve.spec import SAMPLE_INPAINT
 from unit.fakes import FakeModels, Recorder, write_deployment
+from unit.pictures import encoded, mask, picture
 
+PICTURE, MASK = encoded(picture()), encoded(mask())
 KEY = b"the fleet's key"
 Start = Callable[..., tuple[DiffusionService, FakeModels]]
 
@@ -160,6 +163,42 @@ def test_a_request_that_was_not_begun_is_handed_over_whole(start: Start) -> None
     for reply in (first, waiting):
         assert pictures(go_on(start()[0], reply.events[0].data).events) == pictures(whole)
     assert event.step == 0
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Deployment:
+    return write_deployment(tmp_path / "told", "fake", conditioning=Conditioning(sample=SAMPLE_INPAINT))
+
+
+@pytest.mark.parametrize(("strength", "call"), [(0.7, 1), (1.0, 3)])
+@pytest.mark.parametrize("kind", ["put back", "told"])
+def test_with_a_mask_it_is_the_same_too(
+    start: Start, deployment: Deployment, told: Deployment, kind: str, strength: float, call: int
+) -> None:
+    where = deployment if kind == "put back" else told
+    values: Any = {"init_image": PICTURE, "mask_image": MASK, "strength": strength, "sampler": "euler_ancestral"}
+    whole = ask(start(where)[0], **values).wait().events[0]
+    (event,) = drained_at(*start(where), call, **values).events
+    assert event.kind == "snapshot"
+    again = go_on(start(where)[0], event.data).events[0]
+    assert again.data == whole.data
+    assert again.info["strength"] == strength
+
+
+@pytest.mark.parametrize("values", [{}, {"mask_image": MASK}])
+def test_a_picture_that_was_not_begun_is_handed_over(
+    start: Start, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"init_image": PICTURE, "strength": 0.5, "num_images": 2, **values}
+    whole = ask(start()[0], **values).wait().events
+    service, _ = start()
+    monkeypatch.setattr(service, "_prepare_waiting", lambda: None)  # it never comes to it
+    waiting = ask(service, **values)
+    service.drain(0.0)
+    (event,) = waiting.wait().events
+    assert (event.kind, event.step) == ("snapshot", 0)
+    again = go_on(start()[0], event.data).events
+    assert {one.index: one.data for one in again} == {one.index: one.data for one in whole}
 
 
 def test_a_server_that_drains_takes_nothing_and_finishes_what_it_can(start: Start) -> None:

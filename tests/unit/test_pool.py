@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
-from diffuserve.engine import HIDDEN_STATES, Group, LatentPool, Track
-from diffuserve.sampling import TrajectoryCompiler
+from diffuserve.engine import HIDDEN_STATES, Group, LatentPool, Masked, Track
+from diffuserve.sampling import SAMPLERS, TrajectoryCompiler, make_scheduler
 from unit.fakes import SCHEDULER
 
 SHAPE = (4, 6, 8)
@@ -65,6 +65,68 @@ def test_padding_and_company_change_nothing() -> None:
     for one, other, third in zip(alone, together, padded, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
         assert torch.equal(other, third)
+
+
+def make_masked(seed: int, is_told: bool = False) -> Masked:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    mask = torch.rand((1, *SHAPE[1:]), generator=generator) < 0.5
+    latents, noise = torch.randn((2, *SHAPE), generator=generator)
+    return Masked(mask, latents, None if is_told else noise)
+
+
+def test_images_with_masks_share_calls_with_others_which_do_not_notice() -> None:
+    def tracks(*with_mask: int) -> list[Track]:
+        return [make_track(seed, masked=make_masked(seed) if seed in with_mask else None) for seed in range(4)]
+
+    plain, mixed = run(LatentPool(), tracks()), run(LatentPool(), tracks(1, 3))
+    assert torch.equal(plain[0], mixed[0])
+    assert torch.equal(plain[2], mixed[2])
+    for seed in (1, 3):
+        masked = make_masked(seed)
+        (alone,) = run(LatentPool(), [make_track(seed, masked=masked)])
+        assert torch.allclose(alone, mixed[seed], atol=1e-6)
+        kept = ~masked.mask.expand(SHAPE)
+        assert torch.equal(mixed[seed][kept], masked.latents[kept]), "after the last evaluation it is as it was given"
+        assert not torch.isclose(mixed[seed], masked.latents)[~kept].any()
+
+
+def test_what_a_mask_keeps_is_as_noisy_as_the_next_call_wants_it() -> None:
+    pool, masked, seen = LatentPool(), make_masked(1), list[torch.Tensor]()
+    track = make_track(1, rows=1, masked=masked)
+    pool.join(track)
+
+    def watched(sample: torch.Tensor, timestep: torch.Tensor, told: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(sample[0])
+        return denoise(sample, timestep, told)
+
+    for _ in range(3):
+        pool.step([track], watched)
+    scheduler = make_scheduler(SCHEDULER, SAMPLERS["ddim"])
+    scheduler.set_timesteps(3)
+    kept = ~masked.mask.expand(SHAPE)
+    for sample, timestep in zip(seen[1:], scheduler.timesteps[1:], strict=True):
+        expected = scheduler.add_noise(masked.latents, masked.noise, timestep[None])
+        assert torch.allclose(sample[kept], expected[kept], atol=1e-6)
+        assert not torch.isclose(sample, expected, atol=1e-3)[~kept].all()
+
+
+def test_a_unet_that_takes_masks_is_told_them_and_nothing_is_put_back() -> None:
+    pool, tracks = LatentPool(), [make_track(seed, masked=make_masked(seed, is_told=True)) for seed in (1, 2)]
+    for track in tracks:
+        pool.join(track)
+
+    def watched(sample: torch.Tensor, timestep: torch.Tensor, told: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        assert sample.shape == (5, 9, *SHAPE[1:])
+        for row, track in zip(range(5), (tracks[0], tracks[0], tracks[1], tracks[1], tracks[1]), strict=True):
+            assert track.masked is not None
+            assert torch.equal(sample[row, 4:5], track.masked.mask.float())
+            assert torch.equal(sample[row, 5:], track.masked.latents)
+        return denoise(sample[:, :4], timestep, told)
+
+    while not tracks[0].is_done:
+        pool.step(tracks, watched, 5)
+    plain = run(LatentPool(), [make_track(seed) for seed in (1, 2)], padding=1)
+    assert all(torch.equal(pool.leave(track)[0], one) for track, one in zip(tracks, plain, strict=True))
 
 
 def test_the_call_has_the_rows_that_were_asked_for() -> None:

@@ -13,10 +13,12 @@ import diffusers
 import pytest
 import torch
 
-from diffuserve.engine import Group, LatentPool, Track
+from diffuserve.engine import Group, LatentPool, Masked, Track
 from diffuserve.errors import UnsupportedError
 from diffuserve.sampling import SAMPLERS, SCHEDULES, TrajectoryCompiler, make_scheduler
 from diffuserve.sampling.matrix import PREDICTIONS, REFERENCE, SPACINGS, cells
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = (1, 2, 4, 10, 20, 50)
 SHAPE = (4, 3, 5)
@@ -41,6 +43,7 @@ class Case(NamedTuple):
     eta: float = 0.0
     options: Options = ()
     strength: float | None = None
+    masked: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -66,6 +69,11 @@ def _every_case() -> Iterator[Case]:
             for steps in (4, 10, 20):
                 yield Case(sampler, None, "epsilon", steps, strength=strength)
         yield Case(sampler, "normal", "v_prediction", 20, strength=0.5)
+        for strength, steps in ((0.3, 20), (0.7, 11), (1.0, 4), (1.0, 11)):
+            yield Case(sampler, None, "epsilon", steps, strength=strength, masked=True)
+        for schedule in SCHEDULES:
+            if not _is_refused(sampler, schedule, "v_prediction"):
+                yield Case(sampler, schedule, "v_prediction", 10, strength=0.6, masked=True)
     for sampler in ("ddim", "tcd"):
         for eta in (0.3, 1.0):
             for steps in (1, 4, 20):
@@ -103,6 +111,12 @@ def _image(case: Case) -> torch.Tensor:
 
 
 @cache
+def _mask(case: Case) -> torch.Tensor:
+    """Where a given picture is made anew."""
+    return torch.rand((1, *SHAPE[1:]), generator=torch.Generator().manual_seed(20_000 + CASES[case])) < 0.5
+
+
+@cache
 def _scheduler(sampler: str, schedule: str | None, config: Options) -> Any:
     return make_scheduler(dict(config), SAMPLERS[sampler], schedule)
 
@@ -129,7 +143,7 @@ def _by_diffusers(case: Case, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
 
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", draw, raising=False)
-        if case.strength is None:
+        if case.strength is None or (case.masked and case.strength == 1):
             x = first.double() * float(scheduler.init_noise_sigma)
         else:
             x = scheduler.add_noise(_image(case)[None], first.double(), timesteps[:1])
@@ -137,18 +151,25 @@ def _by_diffusers(case: Case, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
         for k, t in enumerate(timesteps):
             scheduler.scale_model_input(x, t)
             x = scheduler.step(outputs[k][None], t, x, return_dict=False, **options)[0].double()
+            if case.masked:  # as StableDiffusionInpaintPipeline with 4 channels
+                given = _image(case)[None]
+                if k < len(timesteps) - 1:
+                    given = scheduler.add_noise(given, first.double(), torch.tensor([timesteps[k + 1]]))
+                x = torch.where(_mask(case), x, given)
     return x[0]
 
 
 def _track(case: Case, compiler: TrajectoryCompiler) -> Track:
-    trajectory = compiler(case.sampler, case.steps, case.schedule, case.eta, case.strength)
+    strength = None if case.masked and case.strength == 1 else case.strength
+    trajectory = compiler(case.sampler, case.steps, case.schedule, case.eta, strength)
     generator = torch.Generator().manual_seed(CASES[case])
+    noise, image = torch.randn((1, *SHAPE), generator=generator)[0], _image(case).float()
     return Track(
         group=Group("any", 3, 5),
         trajectory=trajectory,
         guidance_scale=1.0,
-        latents=torch.randn((1, *SHAPE), generator=generator)[0] * trajectory.initial_scale
-        + _image(case).float() * trajectory.image_scale,
+        latents=noise * trajectory.initial_scale + image * trajectory.image_scale,
+        masked=Masked(_mask(case), image, noise) if case.masked else None,
         conditioning={"encoder_hidden_states": torch.zeros(1, 2, 2)},
         generator=generator,
     )

@@ -83,6 +83,9 @@ def test_a_scheduler_that_no_history_explains_is_refused_with_its_residual() -> 
             weights = torch.randn(len(self.outputs), generator=generator, dtype=torch.float64)
             return (x + sum(w * one for w, one in zip(weights, self.outputs, strict=True)),)
 
+        def add_noise(self, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return x + noise
+
     with pytest.raises(CompileError, match="residual"):
         compile_trajectory(LongMemory(), 9, "long_memory")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from diffuserve.engine import HIDDEN_STATES, Group, LatentPool, Track
+from diffuserve.engine import HIDDEN_STATES, Group, LatentPool, Masked, Track
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import GenerateRequest, ResolvedRequest
 from diffuserve.sampling import HISTORY, SAMPLERS, Trajectory, TrajectoryCompiler
@@ -38,7 +39,13 @@ def resolved(steps: int = 6, **values: object) -> ResolvedRequest:
     )
 
 
-def snapshot(trajectory: Trajectory | None = None, evaluation: int = 2) -> Snapshot:
+def masked(seed: int = 3) -> Masked:
+    generator = torch.Generator().manual_seed(seed)
+    latents, noise = torch.randn((2, *SHAPE), generator=generator)
+    return Masked(torch.rand((1, *SHAPE[1:]), generator=torch.Generator().manual_seed(3)) < 0.5, latents, noise)
+
+
+def snapshot(trajectory: Trajectory | None = None, evaluation: int = 2, has_mask: bool = False) -> Snapshot:
     trajectory = trajectory or COMPILER("heun", 6)
     generator = torch.Generator().manual_seed(1)
     images = tuple(
@@ -49,6 +56,7 @@ def snapshot(trajectory: Trajectory | None = None, evaluation: int = 2) -> Snaps
             draws=3 + index,
             latents=torch.randn(SHAPE, generator=generator),
             history=torch.randn((HISTORY, *SHAPE), generator=generator),
+            masked=masked(index) if has_mask else None,
         )
         for index in (0, 2)
     )
@@ -56,10 +64,11 @@ def snapshot(trajectory: Trajectory | None = None, evaluation: int = 2) -> Snaps
 
 
 def denoise(sample: torch.Tensor, timestep: torch.Tensor, _: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return sample.sin() + timestep[:, None, None, None] / 1000
+    """Each of the latents' channels mixed with every other that is told."""
+    return sample[:, :4].sin() + sample.mean(dim=1, keepdim=True) + timestep[:, None, None, None] / 1000
 
 
-def begin(trajectory: Trajectory) -> Track:
+def begin(trajectory: Trajectory, masked: Masked | None = None) -> Track:
     generator = torch.Generator().manual_seed(7)
     return Track(
         group=Group("any", 48, 64),
@@ -68,6 +77,7 @@ def begin(trajectory: Trajectory) -> Track:
         latents=torch.randn((1, *SHAPE), generator=generator)[0] * trajectory.initial_scale,
         conditioning={HIDDEN_STATES: torch.zeros(1, 2, 2)},
         generator=generator,
+        masked=masked,
     )
 
 
@@ -75,7 +85,7 @@ def go_on(state: ImageState, trajectory: Trajectory) -> Track:
     generator = torch.Generator().manual_seed(7)
     for _ in range(state.draws):
         torch.randn((1, *SHAPE), generator=generator)
-    track = begin(trajectory)
+    track = begin(trajectory, state.masked)
     return replace(track, latents=state.latents, history=state.history, generator=generator, steps_before=state.steps)
 
 
@@ -86,14 +96,14 @@ def run(pool: LatentPool, track: Track, evaluations: int) -> torch.Tensor:
     return pool.leave(track)[0]
 
 
-def interrupted(trajectory: Trajectory, evaluation: int) -> torch.Tensor:
-    pool, track = LatentPool(), begin(trajectory)
+def interrupted(trajectory: Trajectory, evaluation: int, masked: Masked | None = None) -> torch.Tensor:
+    pool, track = LatentPool(), begin(trajectory, masked)
     pool.join(track)
     for _ in range(evaluation):
         pool.step([track], denoise)
     latents, history = pool.leave(track)
     draws = 1 + int(trajectory.draws[:evaluation].sum())
-    state = ImageState(0, evaluation, track.steps_done(evaluation), draws, latents, history)
+    state = ImageState(0, evaluation, track.steps_done(evaluation), draws, latents, history, masked)
     taken = Snapshot(resolved=resolved(), weights="abc", trajectory=trajectory, first=0, images=(state,)).cut()
     read = decode_snapshot(encode_snapshot(taken, KEY), KEY)
     rest = read.remaining(read.images[0])
@@ -108,8 +118,19 @@ def test_every_sampler_goes_on_from_every_evaluation_to_the_very_same_latents(sa
         assert torch.equal(interrupted(trajectory, evaluation), whole), evaluation
 
 
-def test_what_is_read_is_what_was_written() -> None:
-    wrote = snapshot()
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_with_a_mask_too(sampler: str) -> None:
+    trajectory = COMPILER(sampler, 5)
+    put_back = masked()
+    for one in (put_back, replace(put_back, noise=None)):
+        whole = run(LatentPool(), begin(trajectory, one), trajectory.evaluations)
+        for evaluation in range(trajectory.evaluations):
+            assert torch.equal(interrupted(trajectory, evaluation, one), whole), evaluation
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_what_is_read_is_what_was_written(has_mask: bool) -> None:
+    wrote = snapshot(has_mask=has_mask)
     read = decode_snapshot(encode_snapshot(wrote, KEY), KEY)
     assert (read.resolved, read.weights, read.first) == (wrote.resolved, "abc", 2)
     assert read.trajectory.evaluations == wrote.trajectory.evaluations
@@ -126,6 +147,10 @@ def test_what_is_read_is_what_was_written() -> None:
         )
         assert torch.equal(one.latents, other.latents)
         assert torch.equal(one.history, other.history)
+        assert (one.masked is None, other.masked is None) == (not has_mask, not has_mask)
+        if one.masked is not None and other.masked is not None:
+            for name in ("mask", "latents", "noise"):
+                assert torch.equal(getattr(one.masked, name), getattr(other.masked, name))
     assert decode_snapshot(base64.b64encode(encode_snapshot(wrote, KEY)), KEY).weights == "abc"
 
 
@@ -137,11 +162,27 @@ def test_only_the_history_that_is_read_again_is_kept() -> None:
     assert lags_used(last) <= 2
 
 
+def test_pictures_are_kept_as_they_came_where_nothing_was_begun() -> None:
+    pictures: dict[str, Any] = {"init_image": b"a picture", "mask_image": b"a mask"}
+    begun = snapshot()
+    asked = replace(begun, resolved=resolved(**pictures))
+    waiting = replace(asked, first=0, images=(ImageState.new(0),))
+    read, other = (decode_snapshot(encode_snapshot(one, KEY), KEY) for one in (waiting, asked))
+    for name, content in pictures.items():
+        assert getattr(read.resolved.request, name) == content
+        assert getattr(other.resolved.request, name) == b"", "its latents have all of them"
+    table = COMPILER("ddim", 8, strength=0.5)
+    again = decode_snapshot(encode_snapshot(replace(waiting, trajectory=table), KEY), KEY).trajectory
+    assert (again.image_scale, again.initial_scale, again.strength) == (table.image_scale, table.initial_scale, 0.5)
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "lms"])
-def test_it_takes_at_most_16_kb_beside_the_latents(sampler: str) -> None:
+def test_it_takes_at_most_16_kb_beside_the_latents(sampler: str, has_mask: bool) -> None:
     trajectory = COMPILER(sampler, 150)
-    taken = snapshot(trajectory, evaluation=0)
-    tensors = sum(4 * (image.latents.numel() + image.history.numel()) for image in taken.images)
+    taken = snapshot(trajectory, 0, has_mask)
+    given = 2 * taken.images[0].latents.numel() if has_mask else 0
+    tensors = sum(4 * (image.latents.numel() + image.history.numel() + given) for image in taken.images)
     assert len(encode_snapshot(taken, KEY)) - tensors <= 16_000
 
 
@@ -157,7 +198,7 @@ def test_altered_foreign_and_truncated_bytes_are_refused() -> None:
     for length in (0, 3, 4, 41, 42, 100, len(data) - 1):
         with pytest.raises(InvalidArgumentError, match=r"no snapshot|damaged"):
             decode_snapshot(data[:length], KEY)
-    with pytest.raises(InvalidArgumentError, match=r"format is 9, and 1 is read"):
+    with pytest.raises(InvalidArgumentError, match=r"format is 9, and 2 is read"):
         decode_snapshot(data[:4] + bytes([9]) + data[5:], KEY)
     with pytest.raises(InvalidArgumentError, match="no snapshot"):
         decode_snapshot(b"\x89PNG\r\n" + data, KEY)
@@ -176,6 +217,9 @@ def _with_image(taken: Snapshot, **values: object) -> Snapshot:
         (lambda taken: _with_image(taken, latents=torch.zeros(2, 2)), "shape"),
         (lambda taken: _with_image(taken, history=torch.zeros(9, *SHAPE)), "history of 9"),
         (lambda taken: _with_image(taken, history=torch.zeros(0, *SHAPE, dtype=torch.float16)), "float32"),
+        (lambda taken: _with_image(taken, masked=replace(masked(), latents=torch.zeros(9, 6, 8), noise=None)), "given"),
+        (lambda taken: _with_image(taken, masked=replace(masked(), mask=torch.ones(1, 1, 1) > 0)), "cannot be read"),
+        (lambda taken: _with_image(taken, masked=replace(masked(), mask=torch.ones(1, 9, 9) > 0)), "cannot be read"),
         (lambda taken: replace(taken, images=()), "no image"),
         (lambda taken: replace(taken, images=taken.images[:1] * 2), "one twice"),
         (lambda taken: replace(taken, trajectory=rest_of(taken.trajectory, 99)), "table has 0 bytes"),

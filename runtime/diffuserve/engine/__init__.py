@@ -3,6 +3,7 @@
 from diffuserve.engine.costs import CALIBRATION_ROWS, Group, StepCosts
 from diffuserve.engine.forecast import Demand, Forecast, forecast
 from diffuserve.engine.loop import DenoiseLoop, LoopCheckpoint, Trial
+from diffuserve.engine.masked import Masked
 from diffuserve.engine.policy import Candidate, Eta, Step, StepPolicy
 from diffuserve.engine.pool import LatentPool
 from diffuserve.engine.track import HIDDEN_STATES, Track
@@ -18,6 +19,7 @@ __all__ = [
     "Group",
     "LatentPool",
     "LoopCheckpoint",
+    "Masked",
     "Step",
     "StepCosts",
     "StepPolicy",

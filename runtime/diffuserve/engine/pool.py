@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from diffuserve.engine.masked import Kept, masks_told
 from diffuserve.engine.track import HIDDEN_STATES, Track
 from diffuserve.sampling import HISTORY
 
@@ -38,6 +39,8 @@ class _Batch:
     conditioning: Mapping[str, torch.Tensor]  # [rows, ...] each
     guidance_scale: torch.Tensor  # [images, 1, 1, 1]
     guidance_rescale: torch.Tensor | None  # [images, 1, 1, 1], where any image has one
+    told: torch.Tensor | None  # [images, 1 + C, h, w], where the UNet is told masks
+    kept: Kept | None  # where given pictures are put back around masks
 
 
 class LatentPool:
@@ -105,6 +108,8 @@ class LatentPool:
         noise = self._noise(tracks, latents.shape)
         if noise is not None:
             updated += c * noise
+        if batch.kept is not None:
+            batch.kept.put_back(updated)
         self._latents[batch.slots] = updated
         self._remember(batch, u, history)
         for track in tracks:
@@ -142,6 +147,8 @@ class LatentPool:
             conditioning=self._conditioning(tracks, padding),
             guidance_scale=per_image([track.guidance_scale for track in tracks]),
             guidance_rescale=per_image(rescale) if any(rescale) else None,
+            told=masks_told(tracks, self._device),
+            kept=Kept.among(tracks, self._device),
         )
 
     def _conditioning(self, tracks: Sequence[Track], padding: int) -> dict[str, torch.Tensor]:
@@ -165,6 +172,8 @@ class LatentPool:
         # float32 always: half precision turns 721.37 into 721.5.
         told = [float(track.trajectory.timestep[track.evaluation]) for track in batch.tracks]
         timestep = torch.tensor(told, device=self._device)[batch.image_of_row]
+        if batch.told is not None:
+            scaled = torch.cat([scaled, batch.told], dim=1)
         output = denoise(scaled[batch.image_of_row], timestep, batch.conditioning).float()
         conditional, unconditional = output[batch.conditional], output[batch.unconditional]
         guided = unconditional + batch.guidance_scale * (conditional - unconditional)

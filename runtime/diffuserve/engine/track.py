@@ -10,6 +10,7 @@ import torch
 
 from diffuserve.engine.costs import Group
 from diffuserve.engine.forecast import Demand
+from diffuserve.engine.masked import Masked
 from diffuserve.engine.policy import Candidate
 from diffuserve.sampling import Trajectory
 
@@ -31,6 +32,7 @@ class Track:
     history              [n, C, h, w] float32, the u of evaluations before the trajectory's first, the newest first:
                          of an image that was begun elsewhere
     steps_before         denoising steps that were complete then
+    masked               of an image with a mask
     deadline             of the loop's clock, in seconds, or None
     on_start()           when its first UNet call begins
     on_step(done)        whenever a denoising step is complete, with their number
@@ -49,6 +51,7 @@ class Track:
     guidance_rescale: float = 0.0
     history: torch.Tensor | None = None
     steps_before: int = 0
+    masked: Masked | None = None
     priority: int = 0
     tag: str = ""
     deadline: float | None = None

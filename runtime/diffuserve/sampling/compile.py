@@ -42,6 +42,7 @@ class _Evaluation:
     noises: tuple[Vector, ...]
     alpha: float
     sigma: float
+    kept: tuple[float, float]
 
 
 # How the update remembers the past, tried in this order: (p, q) of u = p x + q m.
@@ -166,6 +167,7 @@ def _run_scheduler(scheduler: Any, begin: int, step_options: Mapping[str, Any]) 
     """Every evaluation of the scheduler's trajectory from timestep number `begin` on, on coefficient vectors."""
     timesteps = list(scheduler.timesteps[begin:])
     size = 1 + len(timesteps) + 2 * len(timesteps)
+    last = len(timesteps) - 1
     shape = (1, 1, 1, size)  # some schedulers want a picture's four dimensions
     x = torch.zeros(shape, dtype=torch.float64)
     x[..., 0] = 1.0
@@ -191,8 +193,12 @@ def _run_scheduler(scheduler: Any, begin: int, step_options: Mapping[str, Any]) 
             noises = tuple(noise.flatten().numpy() for noise in drawn[already:])
             vectors = (tensor.to(torch.float64).flatten().numpy() for tensor in (x, output, after))
             before_vector, output_vector, after_vector = vectors
+            # As diffusers' inpainting pipelines: to the noise of the next evaluation, also in the middle of a step.
+            kept = (1.0, 0.0) if k == last else _noised(scheduler, timesteps[k + 1])
             evaluations.append(
-                _Evaluation(float(t), input_scale, before_vector, output_vector, after_vector, noises, alpha, sigma)
+                _Evaluation(
+                    float(t), input_scale, before_vector, output_vector, after_vector, noises, alpha, sigma, kept
+                )
             )
             x = after.to(torch.float64)
     return evaluations
@@ -346,9 +352,14 @@ def _first_scales(scheduler: Any, strength: float | None, begin: int) -> tuple[f
     """What a picture's latents and standard noise are multiplied by to give the first x."""
     if strength is None:
         return 0.0, float(scheduler.init_noise_sigma)
+    return _noised(scheduler, scheduler.timesteps[begin])
+
+
+def _noised(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
+    """What `add_noise` multiplies a picture's latents and standard noise by, for the evaluation that is next."""
     axes = torch.eye(2, dtype=torch.float64).reshape(1, 2, 1, 2)  # the picture's and the noise's
-    first = scheduler.add_noise(axes[:, :1], axes[:, 1:], scheduler.timesteps[begin : begin + 1]).flatten()
-    return float(first[0]), float(first[1])
+    scales = scheduler.add_noise(axes[:, :1], axes[:, 1:], timestep[None]).flatten()
+    return float(scales[0]), float(scales[1])
 
 
 def _table(evaluations: list[_Evaluation], fit: _Fit, steps: int) -> dict[str, Any]:
@@ -358,6 +369,8 @@ def _table(evaluations: list[_Evaluation], fit: _Fit, steps: int) -> dict[str, A
         "timestep": np.array([evaluation.timestep for evaluation in evaluations]),
         "input_scale": np.array([evaluation.input_scale for evaluation in evaluations]),
         **{name: np.array([getattr(row, name) for row in fit.rows], dtype=np.float64) for name in "pqabc"},
+        "kept_image": np.array([evaluation.kept[0] for evaluation in evaluations]),
+        "kept_noise": np.array([evaluation.kept[1] for evaluation in evaluations]),
         "remember": np.array([k not in fit.forgotten for k in range(count)]),
         "draws": np.array([len(evaluation.noises) for evaluation in evaluations]),
         "steps_done": np.array([(k + 1) * steps // count for k in range(count)]),

@@ -56,11 +56,42 @@ def test_it_writes_the_picture_and_says_so(fake: FakeTriton, tmp_path: Path) -> 
     assert (result.exit_code, result.stderr) == (0, "")
     path, seed, seconds = result.stdout.strip().split("  ")
     assert (path, seed) == ("circle.png", "seed 7")
-    assert float(seconds.removesuffix(" s")) > 0
+    assert float(seconds.removesuffix(" s")) >= 0
     with PIL.Image.open(tmp_path / "circle.png") as opened:
         assert (opened.format, opened.getpixel((0, 0))) == ("PNG", (255, 0, 0))
     assert os.listdir(tmp_path) == ["circle.png"]  # noqa: PTH208
     assert fake.requests == [GenerateRequest(prompt="a red circle")], "no progress where nobody looks"
+
+
+def test_pictures_are_read_and_sent(fake: FakeTriton, tmp_path: Path) -> None:
+    (tmp_path / "in.png").write_bytes(b"a picture")
+    (tmp_path / "mask.png").write_bytes(b"a mask")
+    options = ("--init-image", "in.png", "--mask", "mask.png", "--strength", "0.5")
+    result = run("generate", "a", *options, "-o", "a.png", url=fake.url)
+    assert result.exit_code == 0, result.output
+    assert fake.requests == [
+        GenerateRequest(prompt="a", init_image=b"a picture", mask_image=b"a mask", strength=0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--init-image", "no.png"),
+            "diffuserve: cannot read no.png: No such file or directory; give a picture's file",
+        ),
+        (("--init-image", "."), "diffuserve: cannot read .: Is a directory"),
+        (("--init-image", "empty.png"), "diffuserve: empty.png is empty; give a picture's file"),
+        (("--mask", "mask.png"), "diffuserve: mask_image is given without init_image"),
+    ],
+)
+def test_pictures_that_are_not_there_are_told(options: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    (tmp_path / "mask.png").write_bytes(b"a mask")
+    (tmp_path / "empty.png").touch()
+    result = run("generate", "a", *options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(said)
 
 
 def test_every_option_reaches_the_server(fake: FakeTriton) -> None:
