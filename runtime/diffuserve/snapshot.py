@@ -35,12 +35,12 @@ __all__ = ["MAX_SNAPSHOT_BYTES", "ImageState", "Snapshot", "decode_snapshot", "e
 MAX_SNAPSHOT_BYTES: Final = 48 << 20
 
 _MAGIC: Final = b"dfsv"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _HEAD: Final = struct.Struct(f">{len(_MAGIC)}sBI32s")
 _MAX_EVALUATIONS: Final = 2 * 150  # Heun and DPM2 take two a step
 _MAX_DRAWS: Final = 16 * _MAX_EVALUATIONS
 _MAX_FACTS_BYTES: Final = 128 << 10  # two prompts of 8 KiB in JSON's escapes, and the rest
-_NUMBERS: Final = ("timestep", "input_scale", "p", "q", "a", "c")
+_NUMBERS: Final = ("timestep", "input_scale", "p", "q", "a", "c", "p0", "q0")
 _COUNTS: Final = ("remember", "draws", "steps_done")
 _MAX_TABLE_BYTES: Final = _MAX_EVALUATIONS * (4 * (len(_NUMBERS) + 1 + HISTORY) + len(_COUNTS))
 _ABOUT_TABLE: Final = ("sampler", "steps", "schedule", "eta", "residual", "initial_scale")

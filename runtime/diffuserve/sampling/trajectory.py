@@ -39,6 +39,7 @@ class Trajectory:
     steps_done    how many denoising steps are complete after the evaluation (Heun's two evaluations are one step)
     initial_scale what standard noise is multiplied by to give the first x
     image_scale   what a given picture's latents are multiplied by and added to it; 0 where there is none
+    p0, q0        the x0 that the model predicts there, the picture's latents as it sees them by then: p0 x + q0 m
     strength      how much of the schedule is left to a given picture, above 0 to 1; None where there is none
     schedule      the sigma schedule; None is what the checkpoint's config says
     residual      the largest relative error with which the table makes diffusers' own step
@@ -59,6 +60,8 @@ class Trajectory:
     a: Vector
     b: Vector
     c: Vector
+    p0: Vector
+    q0: Vector
     remember: npt.NDArray[np.bool_]
     draws: npt.NDArray[np.int64]
     steps_done: npt.NDArray[np.int64]
