@@ -28,8 +28,8 @@ from diffuserve_export.digests import FileHashes
 from diffuserve_export.engines import EngineOptions, EngineRequest, device
 from diffuserve_export.engines import model as engine_model
 from diffuserve_export.graphs import Graph
-from diffuserve_export.ports import ports_of
 from integration.swapped import parsed_config, swap_engines
+from unit.export.conftest import float32_graph
 
 REQUEST = GenerateRequest(prompt="a large red circle on a blue background", seed=4, steps=4)
 
@@ -59,7 +59,7 @@ def every_target(rtx_deployment: Path, deployment: Path, tmp_path_factory: pytes
 
         def copy(plan: Any, component: str, path: Path, report: Any) -> Graph:
             shutil.copyfile(known[component], path)
-            return Graph(path, ports_of(plan.checkpoint)[component], "fp32", ())
+            return float32_graph(plan.checkpoint, component, path)
 
         patched.setattr(assembly, "graph_from_component", copy)
         for module in (device, engine_model):

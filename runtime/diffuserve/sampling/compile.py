@@ -333,8 +333,7 @@ def compile_trajectory(
         strength=strength,
         image_scale=image_scale,
         initial_scale=noise_scale,
-        **_table(evaluations, fit, steps - skipped),
-        **_predictions(evaluations, prediction),
+        **_table(evaluations, prediction, fit, steps - skipped),
     )
 
 
@@ -359,16 +358,13 @@ def _first_scales(scheduler: Any, strength: float | None, begin: int) -> tuple[f
     return float(first[0]), float(first[1])
 
 
-def _predictions(evaluations: list[_Evaluation], prediction: str) -> dict[str, Vector]:
-    """The columns of predicted x0."""
-    p0, q0 = np.array([_as_sample(one, prediction) for one in evaluations], dtype=np.float64).T
-    return {"p0": p0, "q0": q0}
-
-
-def _table(evaluations: list[_Evaluation], fit: _Fit, steps: int) -> dict[str, Any]:
+def _table(evaluations: list[_Evaluation], prediction: str, fit: _Fit, steps: int) -> dict[str, Any]:
     """The columns of the Trajectory."""
     count = len(evaluations)
+    p0, q0 = np.array([_as_sample(evaluation, prediction) for evaluation in evaluations], dtype=np.float64).T
     return {
+        "p0": p0,
+        "q0": q0,
         "timestep": np.array([evaluation.timestep for evaluation in evaluations]),
         "input_scale": np.array([evaluation.input_scale for evaluation in evaluations]),
         **{name: np.array([getattr(row, name) for row in fit.rows], dtype=np.float64) for name in "pqabc"},
