@@ -32,7 +32,8 @@ def assemble(plan: Plan, key: str, staging: Path, report: Report) -> Manifest:
     folder.mkdir(parents=True)
     for encoder in plan.checkpoint.family.encoders:
         tokenizer_from_checkpoint(plan.checkpoint, encoder, folder / tokenizer_file(encoder))
-    graphs, components = dict[str, Graph](), dict[str, Component]()
+    graphs: dict[str, Graph] = {}
+    components: dict[str, Component] = {}
     for name in names:
         graphs[name], components[name] = _component(plan, name, staging / "models", report)
     engines = {name: component.engine for name, component in components.items() if component.engine}
