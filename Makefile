@@ -48,8 +48,9 @@ accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests th
 accept-families: $(INSTALLED) ## Small checkpoints of every family through the whole service, against diffusers
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_families.py
 
-accept-requests: $(INSTALLED) ## Snapshots after every step of five samplers, servers that hand over, masks with every sampler
-	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_inpainting.py
+accept-requests: $(INSTALLED) ## Snapshots after every step, masks with every sampler, previews and tiles measured
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_inpainting.py \
+		tests/acceptance/test_previews_and_tiles.py
 
 accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \
@@ -70,11 +71,12 @@ format: $(INSTALLED) ## Apply ruff's formatting and safe fixes
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM_WEIGHTS=1 [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS OUT COMPUTE_CAPABILITY]
+export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM_WEIGHTS=1 [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS VAE_TILE PREVIEW_VAE OUT COMPUTE_CAPABILITY]
 	$(PYTHON) -m diffuserve_export $(if $(RANDOM_WEIGHTS),--random-weights,--checkpoint "$(CHECKPOINT)") \
 		$(if $(FAMILY),--family "$(FAMILY)") $(if $(CONFIG),--config "$(CONFIG)") $(if $(ALLOW_PICKLE),--allow-pickle) \
 		$(if $(VAE_PRECISION),--vae-precision "$(VAE_PRECISION)") --target "$(TARGET)" --precision "$(PRECISION)" --out "$(OUT)" \
 		$(if $(NAME),--name "$(NAME)") $(if $(SIZES),--sizes "$(SIZES)") $(if $(MAX_ROWS),--max-rows "$(MAX_ROWS)") \
+		$(if $(VAE_TILE),--vae-tile "$(VAE_TILE)") $(if $(PREVIEW_VAE),--preview-vae "$(PREVIEW_VAE)") \
 		$(if $(COMPUTE_CAPABILITY),--compute-capability "$(COMPUTE_CAPABILITY)") \
 		$(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(if $(MEMORY_BUDGET),--memory-budget "$(MEMORY_BUDGET)") \
 		$(if $(CUDA_GRAPHS),--cuda-graphs) $(if $(PROVIDER),--provider "$(PROVIDER)") \

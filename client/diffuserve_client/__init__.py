@@ -26,7 +26,7 @@ from diffuserve.request import Event, GenerateRequest
 from diffuserve_client._client import Client
 from diffuserve_client._errors import ConnectionFailedError
 from diffuserve_client._parameters import GenerateParameters
-from diffuserve_client._results import GeneratedImage, GenerateResult
+from diffuserve_client._results import GeneratedImage, GenerateResult, PictureEvent
 from diffuserve_client._timeout import Timeout
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "InternalError",
     "InvalidArgumentError",
     "NotFoundError",
+    "PictureEvent",
     "QueueFullError",
     "Timeout",
     "UnavailableError",

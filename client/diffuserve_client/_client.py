@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from diffuserve.errors import DrainingError, InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
 from diffuserve_client._parameters import GenerateParameters, ResumeParameters, request_from
-from diffuserve_client._results import GenerateResult, result_from
+from diffuserve_client._results import GenerateResult, PictureEvent, result_from
 from diffuserve_client._timeout import Timeout
 
 if TYPE_CHECKING:
@@ -52,25 +52,34 @@ class Client:
         prompt: str | GenerateRequest,
         *,
         on_progress: Callable[[Event], None] | None = None,
+        on_preview: Callable[[PictureEvent], None] | None = None,
         **parameters: Unpack[GenerateParameters],
     ) -> GenerateResult:
         """Make a request's pictures and wait for them.
 
         The request is a prompt and GenerateRequest's other fields as keywords, or a GenerateRequest alone.
         `on_progress` is called in this thread with each progress event: of every step, unless `progress_every` says
-        otherwise. Where it raises, and on Ctrl-C, the request is cancelled on the server.
+        otherwise; `on_preview` with each preview, whose `image` is small, unless `preview_every` says otherwise. Where
+        one raises, and on Ctrl-C, the request is cancelled on the server.
 
         Raises DiffuserveError; among them ConnectionFailedError, DeadlineError, InvalidArgumentError. A DrainingError
         whose detail has a `snapshot` tells of a server that was shut down meanwhile: `resume` goes on from it, and
         the pictures that were done by then are its detail `images`.
         """
-        return self._wait(request_from(prompt, parameters, wants_progress=on_progress is not None), on_progress)
+        request = request_from(
+            prompt,
+            parameters,
+            wants_progress=on_progress is not None,
+            wants_previews=on_preview is not None,
+        )
+        return self._wait(request, on_progress, on_preview)
 
     def resume(
         self,
         snapshot: bytes,
         *,
         on_progress: Callable[[Event], None] | None = None,
+        on_preview: Callable[[PictureEvent], None] | None = None,
         **parameters: Unpack[ResumeParameters],
     ) -> GenerateResult:
         """Go on with a request that another server, which was shut down, ended with a snapshot.
@@ -78,10 +87,20 @@ class Client:
         The pictures that were left are made as they would have been there. Raises what `generate` raises;
         InvalidArgumentError for a snapshot of another export, of another release, or signed with another key.
         """
-        request = GenerateRequest(prompt="", resume=snapshot, **parameters)
-        return self._wait(request_from(request, {}, wants_progress=on_progress is not None), on_progress)
+        request = request_from(
+            GenerateRequest(prompt="", resume=snapshot, **parameters),
+            {},
+            wants_progress=on_progress is not None,
+            wants_previews=on_preview is not None,
+        )
+        return self._wait(request, on_progress, on_preview)
 
-    def _wait(self, request: GenerateRequest, on_progress: Callable[[Event], None] | None) -> GenerateResult:
+    def _wait(
+        self,
+        request: GenerateRequest,
+        on_progress: Callable[[Event], None] | None,
+        on_preview: Callable[[PictureEvent], None] | None,
+    ) -> GenerateResult:
         images = []
         with closing(self.stream(request)) as events:
             for event in events:
@@ -96,10 +115,12 @@ class Client:
                     )
                 elif on_progress is not None and event.kind == "progress":
                     on_progress(event)
+                elif on_preview is not None and event.kind == "preview" and isinstance(event, PictureEvent):
+                    on_preview(event)
         return result_from(request, images)
 
     def stream(self, request: GenerateRequest) -> Generator[Event, None, None]:
-        """Every event of a request as it comes; an image's `data` is the encoded picture.
+        """Every event of a request as it comes; those of the kinds `image` and `preview` are PictureEvents.
 
         The request is sent when the first event is asked for. Closing the iterator cancels it on the server; use
         `contextlib.closing` around a loop that may be left early.

@@ -35,7 +35,7 @@ from diffuserve_client._timeout import Timeout
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from diffuserve_client._results import GenerateResult
+    from diffuserve_client._results import GenerateResult, PictureEvent
 
 __all__ = ["app", "exit_code"]
 
@@ -118,6 +118,9 @@ def generate(
     priority: Annotated[int | None, typer.Option(help="Higher goes first where the server is full.")] = None,
     deadline_ms: Annotated[int | None, typer.Option(help="Refuse, or drop, what is not done by then.")] = None,
     client_tag: Annotated[str | None, typer.Option(help="Who asks: tags get equal shares of a full server.")] = None,
+    preview_every: Annotated[
+        int | None, typer.Option(help="Every n steps, write what it is becoming to NAME.preview, until it is done.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds that the request may take in all.")] = Timeout().total,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
 ) -> None:
@@ -139,6 +142,7 @@ def generate(
         "priority": priority,
         "deadline_ms": deadline_ms,
         "client_tag": client_tag,
+        "preview_every": preview_every,
     }
     with _errors_as_exit_codes():
         pictures = {"init_image": init_image, "mask_image": mask}
@@ -151,8 +155,11 @@ def generate(
         paths = numbered(output, request.num_images)
         for path in paths:
             check_writable(path)
-        result, seconds = _run(request, url, timeout)
-        _write(paths, result)
+        previews = [path.with_name(f"{path.stem}.preview{path.suffix}") for path in paths]
+        result, seconds = _run(request, url, timeout, previews)
+        _write(paths, [image.data for image in result.images])
+        for path in previews if request.preview_every else ():
+            path.unlink(missing_ok=True)
         typer.echo(_as_json(result, paths, seconds) if as_json else _as_text(result, paths, seconds))
 
 
@@ -176,14 +183,19 @@ def _format_of(output: Path) -> str:
     return image_format
 
 
-def _run(request: GenerateRequest, url: str, timeout: float) -> tuple[GenerateResult, float]:
+def _run(request: GenerateRequest, url: str, timeout: float, previews: list[Path]) -> tuple[GenerateResult, float]:
+    def on_preview(event: PictureEvent) -> None:
+        _write([previews[event.index]], [event.data])
+
     # gRPC's core writes lines of its own to stderr, where an error should be one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     with _interrupts_held_back():
         client = Client(url, timeout=timeout)
     with client, _progress_bar(request.prompt) as on_progress:
         started = time.monotonic()
-        result = client.generate(request, on_progress=on_progress)
+        result = client.generate(
+            request, on_progress=on_progress, on_preview=on_preview if request.preview_every else None
+        )
         return result, time.monotonic() - started
 
 
@@ -218,10 +230,10 @@ def _progress_bar(prompt: str) -> Iterator[Callable[[Event], None] | None]:
         yield lambda event: progress.update(task, completed=event.step, total=event.steps)
 
 
-def _write(paths: list[Path], result: GenerateResult) -> None:
-    for path, image in zip(paths, result.images, strict=True):
+def _write(paths: list[Path], pictures: list[bytes]) -> None:
+    for path, data in zip(paths, pictures, strict=True):
         try:
-            write_atomically(path, image.data)
+            write_atomically(path, data)
         except OSError as error:
             _complain(f"cannot write {path}: {error.strerror}; choose another place with --output")
             raise typer.Exit(1) from error

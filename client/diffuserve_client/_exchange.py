@@ -27,6 +27,7 @@ from diffuserve.errors import (
 from diffuserve.request import MAX_IMAGES, Event, GenerateRequest
 from diffuserve.wire import INPUTS, MODEL_NAME, OUTPUTS, WIRE_VERSION, decode_event, encode_request
 from diffuserve_client._errors import ConnectionFailedError
+from diffuserve_client._results import picture_event
 from diffuserve_client._timeout import Timeout
 
 __all__ = ["CHANNEL_OPTIONS", "Exchange", "connect_failure"]
@@ -136,10 +137,10 @@ class Exchange:
             self._images.add(event.index)
         if event.data and self._request.image_encoding == "base64":
             try:
-                return replace(event, data=base64.b64decode(event.data, validate=True))
+                event = replace(event, data=base64.b64decode(event.data, validate=True))
             except binascii.Error as error:
                 raise InternalError(f"the server's {event.kind} {event.index} is not base64: {error}") from error
-        return event
+        return picture_event(event) if event.kind in ("image", "preview") else event
 
     def _finish(self) -> None:
         if not self._handed_over and len(self._images) < (self._expected or 1):

@@ -14,6 +14,7 @@ class ResumeParameters(TypedDict, total=False):
     """What may be said beside a snapshot."""
 
     progress_every: int
+    preview_every: int
     heartbeat_ms: int
     image_encoding: str
     priority: int
@@ -43,7 +44,11 @@ class GenerateParameters(ResumeParameters, total=False):
 
 
 def request_from(
-    prompt: str | GenerateRequest, parameters: GenerateParameters, *, wants_progress: bool
+    prompt: str | GenerateRequest,
+    parameters: GenerateParameters,
+    *,
+    wants_progress: bool,
+    wants_previews: bool = False,
 ) -> GenerateRequest:
     """The request that a call of `generate` means.
 
@@ -61,4 +66,6 @@ def request_from(
     if wants_progress and request.progress_every == 0:
         # Without this the caller's function would be taken and never called.
         request = replace(request, progress_every=1)
+    if wants_previews and request.preview_every == 0:
+        request = replace(request, preview_every=1)
     return request

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,30 @@ from diffuserve_client._files import FORMAT_OF_SUFFIX, write_atomically
 if TYPE_CHECKING:
     import PIL.Image
 
-__all__ = ["GenerateResult", "GeneratedImage", "result_from"]
+__all__ = ["GenerateResult", "GeneratedImage", "PictureEvent", "decoded", "picture_event", "result_from"]
+
+
+def decoded(data: bytes) -> PIL.Image.Image:
+    """An encoded picture. Raises OSError where it is none."""
+    import PIL.Image
+
+    image = PIL.Image.open(io.BytesIO(data))
+    image.load()
+    return image
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureEvent(Event):
+    """An event with a picture: of the kind `image`, or `preview`, which is small and of a picture that is not done."""
+
+    @cached_property
+    def image(self) -> PIL.Image.Image:
+        """The picture decoded, the first time it is asked for. Raises OSError where it cannot be."""
+        return decoded(self.data)
+
+
+def picture_event(event: Event) -> PictureEvent:
+    return PictureEvent(**{one.name: getattr(event, one.name) for one in fields(Event)})
 
 
 @dataclass(frozen=True)
@@ -37,11 +60,7 @@ class GeneratedImage:
     @cached_property
     def image(self) -> PIL.Image.Image:
         """The picture decoded, the first time it is asked for. Raises OSError where it cannot be."""
-        import PIL.Image
-
-        image = PIL.Image.open(io.BytesIO(self.data))
-        image.load()
-        return image
+        return decoded(self.data)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the encoded picture as it came; the file is whole or not there.

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from diffuserve.spec import UNET, VAE_DECODER, VAE_ENCODER, Family
+from diffuserve.spec import PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER, Family
 from diffuserve_export.errors import CheckpointError
 
 __all__ = [
     "PART_OF",
+    "PREVIEW_VAE",
     "SERVING_DEFAULTS",
     "Checkpoint",
     "FolderWeights",
@@ -29,7 +30,9 @@ _UNET_EXTRAS: Final = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_
 # The embedding that a family with `time_ids` adds to the timestep's, in diffusers' words.
 _TIME_IDS_EMBEDDING: Final = "text_time"
 
-PART_OF: Final = {VAE_DECODER: "vae", VAE_ENCODER: "vae"}
+#: The part that a checkpoint has where one was given for previews.
+PREVIEW_VAE: Final = "preview_vae"
+PART_OF: Final = {VAE_DECODER: "vae", VAE_ENCODER: "vae", PREVIEW_DECODER: PREVIEW_VAE}
 
 
 def part_of(component: str) -> str:
@@ -61,7 +64,10 @@ Weights = FolderWeights | SingleFileWeights | RandomWeights
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One of the checkpoint's models. `variant` is what diffusers calls it: None, or "fp16"."""
+    """One of the checkpoint's models. `variant` is what diffusers calls it: None, or "fp16".
+
+    `folder` is where it lies if that is not in the checkpoint.
+    """
 
     name: str
     class_name: str
@@ -69,6 +75,7 @@ class Part:
     variant: str | None
     files: tuple[Path, ...]
     parameters: int
+    folder: Path | None = None
 
     @property
     def pickled(self) -> bool:
@@ -93,6 +100,10 @@ class Checkpoint:
     zero_empty_negative: bool
     #: Everything that an export reads, by a name that does not depend on where the checkpoint lies.
     files: Mapping[str, Path]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return (*self.family.components, *((PREVIEW_DECODER,) if PREVIEW_VAE in self.parts else ()))
 
     @property
     def latent_channels(self) -> int:

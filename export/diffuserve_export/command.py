@@ -72,6 +72,10 @@ def main(
     vae_precision: Annotated[str, typer.Option(help="the autoencoder's own [default: what the family needs]")] = "",
     sizes: Annotated[str, typer.Option(help="min:opt:max in pixels [default: from the checkpoint]")] = "",
     max_rows: Annotated[int, typer.Option(help="the most rows of one UNet call")] = DEFAULT_MAX_ROWS,
+    vae_tile: Annotated[
+        int, typer.Option(help="pixels of the largest side that is decoded in one piece; 0: what the family allows")
+    ] = 0,
+    preview_vae: Annotated[Path | None, typer.Option(help="the folder of an AutoencoderTiny for previews")] = None,
     compute_capability: Annotated[
         str, typer.Option(help="tensorrt-rtx: the cards, like 80,86,89,120 [default: this machine's]")
     ] = "",
@@ -110,6 +114,8 @@ def main(
             vae_precision=vae_precision,
             sizes=sizes,
             max_rows=max_rows,
+            vae_tile=vae_tile,
+            preview_vae=preview_vae,
             engine=EngineOptions(
                 compute_capability=compute_capability,
                 workspace_gb=workspace,

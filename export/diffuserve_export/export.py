@@ -18,10 +18,10 @@ from diffuserve_export.engines.options import EngineOptions
 from diffuserve_export.errors import CheckpointError, ExportError
 from diffuserve_export.hub import find_checkpoint
 from diffuserve_export.options import QUANTIZED, TARGETS, ExportOptions
-from diffuserve_export.ports import row_range, size_range
+from diffuserve_export.ports import row_range, size_range, vae_range
 from diffuserve_export.quantize import QuantizePlan, plan_quantization
 from diffuserve_export.report import Report
-from diffuserve_export.sources import open_architecture, open_checkpoint, open_single_file
+from diffuserve_export.sources import open_architecture, open_checkpoint, open_single_file, with_preview_vae
 from diffuserve_export.workspace import locked_workspace
 
 __all__ = ["Plan", "export_checkpoint", "plan_export"]
@@ -47,6 +47,7 @@ class Plan:
     precisions: Mapping[str, str]
     opset: int
     size: Range
+    vae_size: Range
     rows: Range
     engine: EngineOptions
     #: What engines are built with and for; nothing where the target has none.
@@ -57,7 +58,7 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """What enters the key besides the checkpoint's files."""
         options = {field: getattr(self, field) for field in ("name", "target", "precision", "opset")}
-        ranges = {"size": str(self.size), "rows": str(self.rows), "precisions": dict(self.precisions)}
+        ranges = {name: str(getattr(self, name)) for name in ("size", "vae_size", "rows", "precisions")}
         engine = {"engine": self.engine.facts(), "builder": self.builder}
         weights = type(self.checkpoint.weights).__name__, getattr(self.checkpoint.weights, "seed", None)
         quantize = {"quantize": asdict(self.quantize)} if self.quantize else {}
@@ -121,17 +122,21 @@ def export_checkpoint(options: ExportOptions, report: Report | None = None) -> M
 def plan_export(options: ExportOptions) -> Plan:
     """Open the checkpoint and fill in what the options leave out."""
     checkpoint = _open(options)
+    if options.preview_vae:
+        checkpoint = with_preview_vae(checkpoint, options.preview_vae, allow_pickle=options.allow_pickle)
     if options.family not in ("", checkpoint.family.name):
         raise CheckpointError(f"{checkpoint.label} is of family {checkpoint.family.name}, not {options.family}")
+    size = size_range(checkpoint, options)
     return Plan(
         checkpoint=checkpoint,
         name=options.deployed_name,
         source=options.source,
         target=options.target,
         precision=options.precision,
-        precisions={name: _precision(checkpoint, name, options) for name in checkpoint.family.components},
+        precisions={name: _precision(checkpoint, name, options) for name in checkpoint.components},
         opset=TARGETS[options.target].opset,
-        size=size_range(checkpoint, options),
+        size=size,
+        vae_size=vae_range(checkpoint, size, options),
         rows=row_range(options),
         engine=options.engine,
         builder=builder_facts(options.target, options.engine),

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from diffuserve.manifest import Quantization
-from diffuserve.spec import device_kind
+from diffuserve.manifest import LatentColours, Quantization
+from diffuserve.spec import VAE_DECODER, device_kind
 from diffuserve_export.attention import score_in_parts
 from diffuserve_export.checkpoint import part_of
+from diffuserve_export.colours import colours_of
 from diffuserve_export.graph_types import check_types
 from diffuserve_export.modules import module_of
 from diffuserve_export.onnx_graph import onnx_from_component
@@ -44,7 +45,7 @@ class Graph:
     """An ONNX file, weights beside it where they are large, that was found to compute what torch does.
 
     `precision` is what it computes in, but for the modules named in `float32`; `quantization` says where a quantized
-    one does. `ports` are in that precision too, or in half.
+    one does. `ports` are in that precision too, or in half. `colours` are of the autoencoder's decoder.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Graph:
     precision: str
     float32: tuple[str, ...]
     quantization: Quantization | None = None
+    colours: LatentColours | None = None
 
 
 def graph_from_component(plan: Plan, component: str, path: Path, report: Report) -> Graph:
@@ -63,6 +65,7 @@ def graph_from_component(plan: Plan, component: str, path: Path, report: Report)
     shapes = check_shapes(checkpoint, plan.size)
     report.stage(component, "loading")
     module = module_of(checkpoint, component)
+    colours = colours_of(module, checkpoint.latent_scale) if component == VAE_DECODER else None
     on_device = device_kind([plan.target]) != "cpu"
     if on_device and part_of(component) == "vae":
         score_in_parts(module, checkpoint.latents_multiple)
@@ -90,7 +93,7 @@ def graph_from_component(plan: Plan, component: str, path: Path, report: Report)
     report.verified(verify_onnx(path, component, ports, feeds, expected, tolerance, optimized=not on_device))
     names = islands.names if precision != "fp32" else ()
     if verdict is None:
-        return Graph(path, ports, precision, names)
+        return Graph(path, ports, precision, names, colours=colours)
     return Graph(path, ports, wanted, names, verdict(path, ports, report))
 
 

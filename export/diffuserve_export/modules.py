@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
-from diffuserve.spec import UNET, VAE_DECODER, VAE_ENCODER, Family
+from diffuserve.spec import PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER, Family
 from diffuserve_export.checkpoint import Checkpoint, part_of
 from diffuserve_export.weights import load_part
 
@@ -84,7 +84,7 @@ class UNet(nn.Module):
 class VaeDecoder(nn.Module):
     """`latents` [rows,4,h,w] as the UNet uses them -> `pixels` [rows,3,H,W], about -1 to 1, not clamped."""
 
-    def __init__(self, model: AutoencoderKL) -> None:
+    def __init__(self, model: AutoencoderKL | AutoencoderTiny) -> None:
         super().__init__()
         self.model = model
         self.scale, self.shift = _scale_and_shift(model)
@@ -114,7 +114,7 @@ class VaeEncoder(nn.Module):
         return torch.cat([(posterior.mean - shift) * scale, posterior.std * scale], dim=1)
 
 
-def _scale_and_shift(model: AutoencoderKL) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(model: AutoencoderKL | AutoencoderTiny) -> tuple[Tensor, Tensor]:
     """Of latents x as the autoencoder has them: the UNet uses (x - shift) * scale. A number, or one a channel."""
     config = model.config
     mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
@@ -129,6 +129,7 @@ def _wrapper(component: str, family: Family) -> Callable[[Any], nn.Module]:
         UNET: UNet,
         VAE_DECODER: VaeDecoder,
         VAE_ENCODER: VaeEncoder,
+        PREVIEW_DECODER: VaeDecoder,
     }
     return others.get(component, lambda model: TextEncoder(model, family.hidden_layer))
 

@@ -67,7 +67,9 @@ class ExportOptions:
     full-size models of `family`; beside a checkpoint, `family` is what it must be. `config` is a diffusers folder with
     the configs of a single file, by default those of its family's own models. `name` is the checkpoint's name in the
     deployment; by default it comes from the checkpoint. `sizes` is "min:opt:max" in pixels, by default what the
-    family allows for the checkpoint's own size. `max_rows` bounds the rows of one UNet call. `vae_precision` is the
+    family allows for the checkpoint's own size. `max_rows` bounds the rows of one UNet call. `vae_tile` is the largest
+    side in pixels that the autoencoder takes in one piece, by default what the family allows; larger pictures go
+    through it in tiles. `preview_vae` is the folder of a diffusers AutoencoderTiny for previews. `vae_precision` is the
     autoencoder's, by default `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU
     targets, `quantize` for the quantized precisions. Raises OptionError.
     """
@@ -84,6 +86,8 @@ class ExportOptions:
     name: str = ""
     sizes: str = ""
     max_rows: int = DEFAULT_MAX_ROWS
+    vae_tile: int = 0
+    preview_vae: Path | None = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
 
@@ -94,6 +98,12 @@ class ExportOptions:
             raise OptionError(f"sizes is {self.sizes!r}, and must be min:opt:max in pixels, like 256:512:1024")
         if self.max_rows < 1:
             raise OptionError(f"max-rows is {self.max_rows}, and must be at least 1")
+        if self.vae_tile < 0:
+            raise OptionError(f"vae-tile is {self.vae_tile}, and must be pixels, or 0 for what the family allows")
+        if self.preview_vae and not self.preview_vae.is_dir():
+            raise OptionError(
+                f"preview-vae is {self.preview_vae}, and must be the folder of a diffusers AutoencoderTiny"
+            )
         if not _NAME.fullmatch(self.deployed_name):
             raise OptionError(
                 f"the name {self.deployed_name!r} must be lower-case letters, digits, _ and -, and start with a "

@@ -8,12 +8,12 @@ from typing import Final
 
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.manifest import Range, TensorShape
-from diffuserve.spec import LATENTS, PIXELS, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.spec import LATENTS, PIXELS, PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, Part
 from diffuserve_export.errors import OptionError
 from diffuserve_export.options import DEFAULT_OPT_ROWS, ExportOptions
 
-__all__ = ["DATATYPES", "Ports", "ports_of", "row_range", "size_range"]
+__all__ = ["DATATYPES", "Ports", "ports_of", "row_range", "size_range", "vae_range"]
 
 Ports = tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]
 #: Triton's names of the precisions.
@@ -28,24 +28,29 @@ def ports_of(checkpoint: Checkpoint, precisions: Mapping[str, str] = MappingProx
 
     `precisions` are the components', float32 by default. `timestep` and `time_ids` are FP32 in any: fp16 has no 721.37.
     """
-    types = {name: DATATYPES[precisions.get(name, "fp32")] for name in checkpoint.family.components}
+    types = {name: DATATYPES[precisions.get(name, "fp32")] for name in checkpoint.components}
     channels = checkpoint.latent_channels
     encoders = {name: _encoder_ports(checkpoint, name, types[name]) for name in checkpoint.family.encoders}
+    decoders = {name: _decoder_ports(channels, types[name]) for name in types if name in (VAE_DECODER, PREVIEW_DECODER)}
     return {
         **encoders,
+        **decoders,
         UNET: (
             _unet_inputs(checkpoint, types[UNET]),
             (TensorShape("model_output", types[UNET], ("rows", channels, *_LATENT_SIDES)),),
-        ),
-        VAE_DECODER: (
-            (TensorShape(LATENTS, types[VAE_DECODER], ("rows", channels, *_LATENT_SIDES)),),
-            (TensorShape(PIXELS, types[VAE_DECODER], ("rows", 3, *_PIXEL_SIDES)),),
         ),
         VAE_ENCODER: (
             (TensorShape(PIXELS, types[VAE_ENCODER], ("rows", 3, *_PIXEL_SIDES)),),
             (TensorShape("moments", types[VAE_ENCODER], ("rows", 2 * channels, *_LATENT_SIDES)),),
         ),
     }
+
+
+def _decoder_ports(channels: int, datatype: str) -> Ports:
+    return (
+        (TensorShape(LATENTS, datatype, ("rows", channels, *_LATENT_SIDES)),),
+        (TensorShape(PIXELS, datatype, ("rows", 3, *_PIXEL_SIDES)),),
+    )
 
 
 def _encoder_ports(checkpoint: Checkpoint, name: str, datatype: str) -> Ports:
@@ -96,6 +101,17 @@ def size_range(checkpoint: Checkpoint, options: ExportOptions) -> Range:
         raise OptionError(
             f"sizes is {':'.join(map(str, numbers))}, and must be min:opt:max, rising, each a multiple of {step}"
         ) from error
+
+
+def vae_range(checkpoint: Checkpoint, size: Range, options: ExportOptions) -> Range:
+    """Sides in pixels of what the autoencoder takes in one piece, of pictures in `size`. Raises OptionError."""
+    own, given = checkpoint.sample_size * checkpoint.latent_scale, options.vae_tile
+    if given and (given % size.step or given < size.min):
+        raise OptionError(
+            f"vae-tile is {given}, and must be a multiple of {size.step} from {size.min}, the smallest picture's side"
+        )
+    most = min(size.max, given) if given else size.fit(int(own * checkpoint.family.vae_tile))
+    return Range(size.min, min(size.opt, most), most, step=size.step)
 
 
 def row_range(options: ExportOptions) -> Range:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ from diffuserve.spec import (
     FewSteps,
 )
 from diffuserve_export.checkpoint import (
+    PREVIEW_VAE,
     SERVING_DEFAULTS,
     Checkpoint,
     FolderWeights,
@@ -32,7 +34,7 @@ from diffuserve_export.errors import CheckpointError
 from diffuserve_export.safetensors_file import shapes_in
 from diffuserve_export.weight_files import weight_files
 
-__all__ = ["ARCHITECTURES", "open_architecture", "open_checkpoint", "open_single_file"]
+__all__ = ["ARCHITECTURES", "open_architecture", "open_checkpoint", "open_single_file", "with_preview_vae"]
 
 #: A diffusers folder without weights for each family whose checkpoints are all alike.
 ARCHITECTURES: Final = Path(__file__).parent / "architectures"
@@ -43,6 +45,7 @@ _PREFIXES: Final = {
     TEXT_ENCODER: ("cond_stage_model.", "conditioner.embedders.0."),
     TEXT_ENCODER_2: ("conditioner.embedders.1.",),
 }
+_TINY: Final = "AutoencoderTiny"
 _FIRST_CONVOLUTION: Final = "model.diffusion_model.input_blocks.0.0.weight"
 
 # What a part's weights are: diffusers' variant, the files, the number of parameters.
@@ -86,6 +89,25 @@ def open_single_file(file: Path, config: Path | None = None) -> Checkpoint:
         return None, [], sum(sizes)
 
     return _open(root, str(file), SingleFileWeights(file), find, expected=family)
+
+
+def with_preview_vae(checkpoint: Checkpoint, folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
+    """The checkpoint with the diffusers AutoencoderTiny in `folder` for its previews. Raises CheckpointError."""
+    config = _json(_needed(folder, "", "config.json"))
+    if config.get("_class_name") != _TINY:
+        raise CheckpointError(f"{folder} is a {config.get('_class_name')}, and previews are made by an {_TINY}")
+    levels = len(config.get("decoder_block_out_channels", (64, 64, 64, 64))) - 1
+    found = config.get("latent_channels", 4), config.get("upsampling_scaling_factor", 2) ** levels
+    wanted = checkpoint.latent_channels, checkpoint.latent_scale
+    if found != wanted:
+        raise CheckpointError(
+            f"{folder} takes latents of {found[0]} channels, {found[1]} pixels each, and {checkpoint.label} has "
+            f"{wanted[0]} of {wanted[1]}; give one that was made for its family"
+        )
+    variant, weights, parameters = weight_files(folder, PREVIEW_VAE, allow_pickle=allow_pickle)
+    part = Part(PREVIEW_VAE, _TINY, config, variant, tuple(weights), parameters, folder)
+    files = {f"{PREVIEW_VAE}/{path.name}": path for path in (folder / "config.json", *weights)}
+    return replace(checkpoint, parts={**checkpoint.parts, PREVIEW_VAE: part}, files={**checkpoint.files, **files})
 
 
 def _architecture(name: str, message: str = "") -> Path:
@@ -230,7 +252,7 @@ def _files(root: Path, family: Family, weights: Weights, parts: Mapping[str, Par
 def _needed(root: Path, folder: str, file: str) -> Path:
     path = root / folder / file
     if not path.is_file():
-        raise CheckpointError(f"{root} lacks its {folder}: {path} is missing")
+        raise CheckpointError(f"{root} lacks its {folder or file}: {path} is missing")
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -43,9 +44,11 @@ def _load(checkpoint: Checkpoint, part: Part) -> tuple[nn.Module, list[str]]:
     """The model, and the names of what was not found for it."""
     library = diffusers if hasattr(diffusers, part.class_name) else transformers
     model_class = getattr(library, part.class_name)
+    if part.folder:
+        return _from_folder(part.folder, part, model_class)
     match checkpoint.weights:
         case FolderWeights():
-            return _from_folder(checkpoint, part, model_class)
+            return _from_folder(checkpoint.root / part.name, part, model_class)
         case SingleFileWeights():
             return _from_single_file(checkpoint, checkpoint.weights, part, model_class)
         case RandomWeights():
@@ -57,11 +60,10 @@ def _hint(checkpoint: Checkpoint) -> str:
     return "; if it is not built like its family's own models, give its configs with --config" if single else ""
 
 
-def _from_folder(checkpoint: Checkpoint, part: Part, model_class: Any) -> tuple[nn.Module, list[str]]:
+def _from_folder(folder: Path, part: Part, model_class: Any) -> tuple[nn.Module, list[str]]:
     dtype = "dtype" if hasattr(transformers, part.class_name) else "torch_dtype"
     model, info = model_class.from_pretrained(
-        checkpoint.root,
-        subfolder=part.name,
+        folder,
         variant=part.variant,
         use_safetensors=not part.pickled,
         local_files_only=True,

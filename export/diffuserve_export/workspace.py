@@ -18,17 +18,23 @@ from pathlib import Path
 from typing import IO, Final
 
 from diffuserve.manifest import Deployment, Manifest
+from diffuserve.spec import COMPONENTS
 from diffuserve_export.digests import FileHashes, write_atomically
 from diffuserve_export.errors import ExportError, OptionError
 from diffuserve_export.report import Report
 
-__all__ = ["SUMS_FILE", "Workspace", "locked_workspace"]
+__all__ = ["SUMS_FILE", "Workspace", "locked_workspace", "model_name"]
 
 SUMS_FILE: Final = "SHA256SUMS"
 _STAGING: Final = ".export-"
 _LOCK: Final = ".lock"
 _HASHES: Final = ".hashes.json"
 _READY: Final = "ready"
+
+
+def model_name(name: str, component: str) -> str:
+    """The Triton model of a checkpoint's component."""
+    return f"{name}_{component}"
 
 
 class Workspace:
@@ -88,6 +94,10 @@ class Workspace:
         retired.mkdir(exist_ok=True)
         if manifest.exists():
             _retire(self.root / "checkpoints" / name, retired)
+            staged = Manifest.from_json((manifest / "manifest.json").read_text(encoding="utf-8")).components
+            for component in COMPONENTS:
+                if component not in staged:  # an earlier export may have had it
+                    _retire(self.root / "models" / model_name(name, component), retired)
         for folder in sorted((staging / "models").iterdir()):
             _retire(self.root / "models" / folder.name, retired)
             _move(folder, self.root / "models" / folder.name)

@@ -15,14 +15,17 @@ from diffuserve.conditioning import Conditioner
 from diffuserve.engine import Group
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.first_latents import Given
-from diffuserve.images import mask_from_image, pixels_from_image, read_pictures, resized
+from diffuserve.images import image_from_pixels, mask_from_image, pixels_from_image, read_pictures, resized
 from diffuserve.manifest import Deployment, Manifest
 from diffuserve.request import DEFAULT_STRENGTH, RANDOM_SEED, GenerateRequest, ResolvedRequest
 from diffuserve.sampling import Trajectory, TrajectoryCompiler
 from diffuserve.snapshot import ImageState
-from diffuserve.spec import LATENTS, PIXELS, SAMPLE_INPAINT, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.spec import LATENTS, PIXELS, PREVIEW_DECODER, SAMPLE_INPAINT, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.tiles import Side, run_tiled
 
-__all__ = ["Checkpoint"]
+__all__ = ["MAX_PREVIEW_SIDE", "Checkpoint"]
+
+MAX_PREVIEW_SIDE: Final = 512  # in pixels; larger ones are scaled down
 
 _SEED_BOUND: Final = 2**32  # what the server draws stays readable, and exact in every JSON reader
 
@@ -161,17 +164,42 @@ class Checkpoint:
 
     def _moments(self, pixels: torch.Tensor, trace: object | None) -> torch.Tensor:
         """Mean and standard deviation [2, C, h, w] float32 of the latents of a picture [3, H, W]."""
-        component = self.manifest.components[VAE_ENCODER]
-        inputs = cast_inputs(component, {PIXELS: pixels[None].contiguous()})
-        moments = check_rows(component, self._runner.run(component, inputs, trace=trace)["moments"], 1)
-        return torch.stack(moments[0].to(device="cpu", dtype=torch.float32).chunk(2))
+        return torch.stack(self._convert(VAE_ENCODER, PIXELS, "moments", pixels, trace).chunk(2))
 
     def decode(self, latents: torch.Tensor, *, trace: object | None = None) -> torch.Tensor:
-        """Pixels [3, H, W] of one image's latents [C, h, w]."""
-        component = self.manifest.components[VAE_DECODER]
-        inputs = cast_inputs(component, {LATENTS: latents[None].contiguous()})
-        pixels = self._runner.run(component, inputs, trace=trace)[PIXELS]
-        return check_rows(component, pixels, 1)[0]
+        """Pixels [3, H, W] float32 of one image's latents [C, h, w]."""
+        return self._convert(VAE_DECODER, LATENTS, PIXELS, latents, trace)
+
+    def preview(self, latents: torch.Tensor, *, trace: object | None = None) -> Image.Image:
+        """A small picture of latents [C, h, w].
+
+        Through the preview decoder where there is one, else of one pixel a latent.
+        """
+        if PREVIEW_DECODER in self.manifest.components:
+            pixels = self._convert(PREVIEW_DECODER, LATENTS, PIXELS, latents, trace)
+        else:
+            weights, bias = torch.tensor(self.manifest.colours.weights), torch.tensor(self.manifest.colours.bias)
+            pixels = torch.tensordot(weights, latents.to("cpu", torch.float32), dims=1) + bias[:, None, None]
+        image = image_from_pixels(pixels)
+        image.thumbnail((MAX_PREVIEW_SIDE, MAX_PREVIEW_SIDE))
+        return image
+
+    def _convert(self, name: str, source: str, result: str, tensor: torch.Tensor, trace: object | None) -> torch.Tensor:
+        """One of the autoencoder's components on one picture [C, H, W], in tiles where it takes no more.
+
+        `source` and `result` are its input and its output.
+        """
+        component, factor = self.manifest.components[name], self.manifest.latent_scale
+        scales = (factor, 1) if source == PIXELS else (1, factor)
+        longest = self.manifest.vae_size.max // factor
+        sides = Side.of(tensor.shape[1] // scales[0], longest), Side.of(tensor.shape[2] // scales[0], longest)
+
+        def run(tiles: torch.Tensor) -> torch.Tensor:
+            inputs = cast_inputs(component, {source: tiles.contiguous()})
+            return check_rows(component, self._runner.run(component, inputs, trace=trace)[result], len(tiles))
+
+        rows = self.manifest.max_rows(name, sides[1].tile * factor, sides[0].tile * factor)
+        return run_tiled(tensor, sides, max(1, rows), scales, run)
 
     def trial(self, group: Group, rows: int) -> Callable[[], object]:
         """A UNet call of that many rows of nothing, for measuring what it costs."""

@@ -57,6 +57,7 @@ class Job:
         self.tokens_cut = 0
         self._reply = reply
         self._left = len(beginning.images)
+        self._pictured: set[int] = set()
         self._suspended: dict[int, ImageState] = {}
         self._ended = False
         self._lock = threading.Lock()
@@ -104,6 +105,13 @@ class Job:
         if every and done % every == 0 and not track.is_done:
             info = {"joined_at_step": track.joined_at_step}
             self._send(self._event("progress", index, done, b"", info))
+
+    def wants_preview(self, index: int) -> bool:
+        """Whether a preview of that image would still come before its picture."""
+        return index not in self._pictured and not self.is_cancelled()
+
+    def preview(self, index: int, done: int, size: tuple[int, int], data: bytes) -> None:
+        self._send(self._event("preview", index, done, data, {"width": size[0], "height": size[1]}))
 
     def image(self, track: Track, index: int, data: bytes) -> None:
         """One picture; the last one ends the request."""
@@ -157,9 +165,11 @@ class Job:
 
     def _send(self, event: Event, image: bool = False) -> None:
         with self._lock:
-            if self._ended:
+            if self._ended or event.index in self._pictured:  # a preview that was slower than its picture
                 return
-            self._left -= image
+            if image:
+                self._pictured.add(event.index)
+                self._left -= 1
             final = self._left == 0
             if final:
                 self._end("done")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from diffuserve.profiles import EngineFacts, Range
-from diffuserve.spec import DEFAULT_STEPS
+from diffuserve.spec import DEFAULT_STEPS, VAE_COMPONENTS
 
 __all__ = [
     "FORMAT_VERSION",
@@ -23,15 +23,18 @@ __all__ = [
     "Conditioning",
     "Deployment",
     "Encoder",
+    "LatentColours",
     "Manifest",
     "Quantization",
     "Range",
     "TensorShape",
 ]
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 # Of deployment.json, which has not changed since.
 _DEPLOYMENT_VERSION: Final = 1
+#: Of one call of an autoencoder without an engine's profiles, whose memory nothing else bounds: as theirs.
+_VAE_PIXELS: Final = 4 * 512 * 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +121,24 @@ class Conditioning:
     guidance_embedding: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class LatentColours:
+    """The colour that a latent stands for, in -1 to 1: weights [3][C] times the latent's channels, plus bias [3].
+
+    The best linear map to what the checkpoint's own autoencoder makes of its surroundings.
+    """
+
+    weights: tuple[tuple[float, ...], ...]
+    bias: tuple[float, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """One exported checkpoint.
 
-    `key` is the hash of everything that went in. `size` bounds width and height in pixels, `latent_scale` is
-    pixels per latent (8), `scheduler` is the checkpoint's own scheduler config, with its `_class_name`, and
+    `key` is the hash of everything that went in. `size` bounds width and height in pixels, and `vae_size` those of
+    what the autoencoder takes in one piece: larger pictures go through it in tiles. `latent_scale` is pixels per latent
+    (8), `colours` are for previews, `scheduler` is the checkpoint's own scheduler config, with its `_class_name`, and
     `guidance_scale` and `steps` are of a request that gives none. `precision` is what was asked for; see components.
     """
 
@@ -134,6 +149,7 @@ class Manifest:
     source: str
     key: str
     size: Range
+    vae_size: Range
     rows: Range
     latent_channels: int
     latent_scale: int
@@ -141,6 +157,7 @@ class Manifest:
     token_limit: int
     scheduler: Mapping[str, Any]
     components: Mapping[str, Component]
+    colours: LatentColours
     conditioning: Conditioning = Conditioning()
     steps: int = DEFAULT_STEPS
     format_version: int = FORMAT_VERSION
@@ -148,7 +165,11 @@ class Manifest:
     def max_rows(self, component: str, width: int, height: int) -> int:
         """The most rows of one call for pictures of that size: an engine's profiles bound them by their pixels."""
         engine = self.components[component].engine
-        return self.rows.max if engine is None else engine.max_rows(self.sides(width, height))
+        if engine is not None:
+            return engine.max_rows(self.sides(width, height))
+        if component in VAE_COMPONENTS:
+            return min(self.rows.max, max(1, _VAE_PIXELS // (width * height)))
+        return self.rows.max
 
     def row_buckets(self, component: str, width: int, height: int) -> tuple[int, ...]:
         """The row counts that calls for pictures of that size should be padded to; empty where any count is as good."""
@@ -171,7 +192,8 @@ class Manifest:
             found = raw.get("format_version") if isinstance(raw, dict) else None
             raise ValueError(f"the manifest's format is {found}, and {FORMAT_VERSION} is read; export again")
         try:
-            raw["size"], raw["rows"] = Range(**raw["size"]), Range(**raw["rows"])
+            raw.update({name: Range(**raw[name]) for name in ("size", "vae_size", "rows")})
+            raw["colours"] = LatentColours(tuple(map(tuple, raw["colours"]["weights"])), tuple(raw["colours"]["bias"]))
             raw["components"] = {name: _component(value) for name, value in raw["components"].items()}
             raw["conditioning"] = _conditioning(raw["conditioning"])
             return cls(**raw)

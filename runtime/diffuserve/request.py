@@ -40,12 +40,28 @@ RANDOM_SEED: Final = -1
 IMAGE_FORMATS: Final = ("png", "jpeg", "webp")
 IMAGE_ENCODINGS: Final = ("binary", "base64")
 
-EventKind = Literal["queued", "progress", "image", "snapshot", "heartbeat", "status"]
-EVENT_KINDS: Final[tuple[EventKind, ...]] = ("queued", "progress", "image", "snapshot", "heartbeat", "status")
+EventKind = Literal["queued", "progress", "preview", "image", "snapshot", "heartbeat", "status"]
+EVENT_KINDS: Final[tuple[EventKind, ...]] = (
+    "queued",
+    "progress",
+    "preview",
+    "image",
+    "snapshot",
+    "heartbeat",
+    "status",
+)
 
 _BYTES: Final = ("init_image", "mask_image", "resume")
 #: What may be asked of a request that is resumed; all else is in its snapshot.
-_BESIDE_RESUME: Final = ("progress_every", "heartbeat_ms", "image_encoding", "priority", "deadline_ms", "client_tag")
+_BESIDE_RESUME: Final = (
+    "progress_every",
+    "preview_every",
+    "heartbeat_ms",
+    "image_encoding",
+    "priority",
+    "deadline_ms",
+    "client_tag",
+)
 
 
 def _check_range(name: str, value: float, low: float, high: float, remedy: str = "") -> None:
@@ -119,6 +135,7 @@ class GenerateRequest:
     mask_image: bytes = b""
     strength: float = DEFAULT_STRENGTH
     progress_every: int = 0
+    preview_every: int = 0
     heartbeat_ms: int = 0
     image_format: str = "png"
     image_encoding: str = "binary"
@@ -133,7 +150,15 @@ class GenerateRequest:
         _check_text("negative_prompt", self.negative_prompt, MAX_PROMPT_BYTES)
         for name in ("checkpoint", "sampler", "sigma_schedule", "client_tag"):
             _check_text(name, getattr(self, name) or "", MAX_NAME_BYTES)
-        for name in ("num_images", "seed", "progress_every", "heartbeat_ms", "priority", "deadline_ms"):
+        for name in (
+            "num_images",
+            "seed",
+            "progress_every",
+            "preview_every",
+            "heartbeat_ms",
+            "priority",
+            "deadline_ms",
+        ):
             _check_integer(name, getattr(self, name))
         for name in ("width", "height", "steps"):
             if getattr(self, name) is not None:
@@ -156,6 +181,7 @@ class GenerateRequest:
                 maximum=MAX_SEED - self.num_images + 1,
             )
         _check_range("progress_every", self.progress_every, 0, 150, "0 is off")
+        _check_range("preview_every", self.preview_every, 0, 150, "0 is off")
         if self.heartbeat_ms:
             _check_range("heartbeat_ms", self.heartbeat_ms, MIN_HEARTBEAT_MS, MAX_DEADLINE_MS, "0 is off")
         _check_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY, "higher goes first")
@@ -259,7 +285,7 @@ class ResolvedRequest:
 class Event:
     """One response of the server's stream.
 
-    `data` holds an image's encoded picture and is empty otherwise; `index` says which image of the request;
+    `data` holds the encoded picture of an image or a preview, or a snapshot; `index` says which image of the request;
     `step` counts denoising steps done of `steps`; `info` is what the server tells of it, as JSON can hold it.
     """
 

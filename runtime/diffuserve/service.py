@@ -39,6 +39,7 @@ from diffuserve.heartbeats import Heartbeats
 from diffuserve.images import encode_image, image_from_pixels
 from diffuserve.job import Job, Reply
 from diffuserve.manifest import Deployment
+from diffuserve.previews import Previews
 from diffuserve.request import GenerateRequest
 from diffuserve.snapshot import ImageState, Snapshot, decode_snapshot, encode_snapshot
 from diffuserve.spec import UNET
@@ -92,6 +93,7 @@ class DiffusionService:
         self._key = key or secrets.token_bytes(32)
         self._prepare = Workers(1, "prepare")
         self._finish = Workers(_FINISH_WORKERS, "finish")
+        self._previews = Previews()
         self._unprepared: list[Job] = []
         self._jobs: set[Job] = set()
         self._heartbeats = Heartbeats()
@@ -162,6 +164,7 @@ class DiffusionService:
         self._prepare.close()
         self.loop.close()
         self._finish.close()
+        self._previews.close()
         self._heartbeats.close()
 
     def _begun(self, request: GenerateRequest) -> Snapshot:
@@ -303,6 +306,10 @@ class DiffusionService:
             if not self._finish.submit(job.urgency, finish):
                 job.fail(_shutting_down())
 
+        def on_predicted(done: int, latents: torch.Tensor) -> None:
+            make = partial(self._preview, checkpoint, job, image.index, done, latents)
+            self._previews.offer(track, job.urgency, make)
+
         def on_suspend(latents: torch.Tensor, history: torch.Tensor) -> None:
             draws = state.draws + int(trajectory.draws[: track.evaluation].sum())
             evaluation, steps = state.evaluation + track.evaluation, track.steps_done(track.evaluation)
@@ -316,6 +323,7 @@ class DiffusionService:
             latents=state.latents,
             history=state.history,
             steps_before=state.steps,
+            predict_every=resolved.request.preview_every,
             masked=state.masked,
             conditioning=conditioning,
             generator=generator,
@@ -325,6 +333,7 @@ class DiffusionService:
             trace=job.trace,
             on_start=self._started,
             on_step=lambda done: job.step(track, image.index, done),
+            on_predicted=on_predicted,
             on_latents=on_latents,
             on_error=job.fail,
             on_suspend=on_suspend,
@@ -337,6 +346,13 @@ class DiffusionService:
         request = job.resolved.request
         image = image_from_pixels(checkpoint.decode(latents, trace=job.trace))
         job.image(track, index, encode_image(image, request.image_format))
+
+    @staticmethod
+    def _preview(checkpoint: Checkpoint, job: Job, index: int, done: int, latents: torch.Tensor) -> None:
+        """The small picture of predicted latents and its file, unless the image's own was faster."""
+        if job.wants_preview(index):
+            image = checkpoint.preview(latents, trace=job.trace)
+            job.preview(index, done, image.size, encode_image(image, job.resolved.request.image_format))
 
 
 def _demands(beginning: Snapshot) -> list[Demand]:

@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 from typing import Final
 
 __all__ = [
+    "COMPONENTS",
     "DEFAULT_STEPS",
     "EMBEDDED_GUIDANCE_SCALE",
     "FAMILIES",
     "FEW_STEPS",
     "LATENTS",
     "PIXELS",
+    "PREVIEW_DECODER",
     "SAMPLE_INPAINT",
     "SAMPLE_LATENTS",
     "TARGET_DEVICES",
     "TEXT_ENCODER",
     "TEXT_ENCODER_2",
     "UNET",
+    "VAE_COMPONENTS",
     "VAE_DECODER",
     "VAE_ENCODER",
     "Family",
@@ -31,6 +34,10 @@ TEXT_ENCODER_2: Final = "text_encoder_2"
 UNET: Final = "unet"
 VAE_DECODER: Final = "vae_decoder"
 VAE_ENCODER: Final = "vae_encoder"
+PREVIEW_DECODER: Final = "preview_decoder"  # a tiny autoencoder's, where the deployment has one
+COMPONENTS: Final = (TEXT_ENCODER, TEXT_ENCODER_2, UNET, VAE_DECODER, VAE_ENCODER, PREVIEW_DECODER)
+# Those that work in pixels, and take large pictures in tiles.
+VAE_COMPONENTS: Final = (VAE_DECODER, VAE_ENCODER, PREVIEW_DECODER)
 
 # Names of the tensors that the loop, the export and the component models agree on.
 LATENTS: Final = "latents"
@@ -69,6 +76,7 @@ class Family:
     wide_vae         its autoencoder overflows in fp16, unless its config has `force_upcast: false`
     guidance_scale   of a request that gives none
     min_size, max_size    bounds of pictures, times the checkpoint's own size
+    vae_tile         the largest side that its autoencoder takes in one piece, times the checkpoint's own size
     """
 
     name: str
@@ -86,6 +94,7 @@ class Family:
     guidance_scale: float = 7.5
     min_size: float = 0.5
     max_size: float = 3.0
+    vae_tile: float = 2.0
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -122,6 +131,7 @@ def _sd21(name: str, signature: Mapping[str, object], sample: tuple[str, ...]) -
         sample=sample,
         min_size=1 / 3,
         max_size=2.0,
+        vae_tile=4 / 3,
     )
 
 
@@ -142,6 +152,7 @@ def _sdxl(name: str, signature: Mapping[str, object], sample: tuple[str, ...]) -
         guidance_scale=5.0,
         min_size=0.25,
         max_size=1.5,
+        vae_tile=1.0,
     )
 
 

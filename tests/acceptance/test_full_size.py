@@ -100,7 +100,8 @@ def check_engine(name: str, component: Component, manifest: Manifest) -> None:
     assert facts.build_seconds > 0
     assert facts.build_peak_bytes > facts.bytes > 0
     assert all(one.activation_bytes > 0 for one in facts.profiles)
-    for side in (manifest.size.min, manifest.size.opt, manifest.size.max):
+    size = manifest.vae_size if name in (VAE_DECODER, VAE_ENCODER) else manifest.size
+    for side in (size.min, size.opt, size.max):
         assert manifest.max_rows(name, side, side) >= 1
 
 

@@ -26,9 +26,8 @@ from diffuserve_export import ExportOptions, assembly, export_checkpoint, graphs
 from diffuserve_export.checkpoint import Checkpoint, part_of
 from diffuserve_export.graphs import Graph
 from diffuserve_export.modules import module_of
-from diffuserve_export.ports import ports_of
 from diffuserve_export.sources import open_checkpoint
-from unit.export.conftest import without_logs
+from unit.export.conftest import float32_graph, without_logs
 from unit.export.pipelines import random_pipeline
 
 __all__ = ["FAMILIES", "Families", "Model", "Models", "exported_families", "torch_families"]
@@ -155,7 +154,7 @@ def torch_families(families: Families, names: Sequence[str], out: Path) -> tuple
 
     def no_graph(plan: Any, component: str, path: Path, report: Any) -> Graph:
         path.touch()
-        return Graph(path, ports_of(plan.checkpoint)[component], "fp32", ())
+        return float32_graph(plan.checkpoint, component, path)
 
     deployment = _deployed(families, names, out, no_graph)
     models = {}
@@ -194,7 +193,7 @@ def _shared_graphs(shapes: Path, store: Path) -> Callable[..., Graph]:
     store.mkdir(exist_ok=True)
     for component, described in Deployment.load(shapes).manifest("shapes").components.items():
         path = shapes / "models" / described.model / "1" / "model.onnx"
-        known[_identity(opened, component, "fp32")] = Graph(path, ports_of(opened)[component], "fp32", ())
+        known[_identity(opened, component, "fp32")] = float32_graph(opened, component, path)
 
     def graph(plan: Any, component: str, path: Path, report: Any) -> Graph:
         identity = _identity(plan.checkpoint, component, plan.precisions[component])

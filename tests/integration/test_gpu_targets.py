@@ -28,8 +28,8 @@ from diffuserve_export.digests import FileHashes
 from diffuserve_export.engines import EngineOptions, EngineRequest, device
 from diffuserve_export.engines import model as engine_model
 from diffuserve_export.graphs import Graph
-from diffuserve_export.ports import ports_of
 from integration.swapped import parsed_config, swap_engines
+from unit.export.conftest import float32_graph
 
 REQUEST = GenerateRequest(prompt="a large red circle on a blue background", seed=4, steps=4)
 
@@ -59,7 +59,7 @@ def every_target(rtx_deployment: Path, deployment: Path, tmp_path_factory: pytes
 
         def copy(plan: Any, component: str, path: Path, report: Any) -> Graph:
             shutil.copyfile(known[component], path)
-            return Graph(path, ports_of(plan.checkpoint)[component], "fp32", ())
+            return float32_graph(plan.checkpoint, component, path)
 
         patched.setattr(assembly, "graph_from_component", copy)
         for module in (device, engine_model):
@@ -105,7 +105,8 @@ def test_rtx_engines_are_built_and_described(rtx_deployment: Path) -> None:
         assert all(one.activation_bytes > 0 for one in facts.profiles)
         assert not (folder / "model.onnx").exists()
     assert manifest.max_rows(UNET, 64, 64) == 64
-    assert manifest.max_rows(VAE_DECODER, 192, 192) == 4
+    assert manifest.max_rows(VAE_DECODER, 128, 128) == 4
+    assert manifest.max_rows(VAE_DECODER, 192, 192) == 0, "those are decoded in tiles"
 
 
 def test_the_second_export_does_nothing(rtx_deployment: Path, monkeypatch: pytest.MonkeyPatch) -> None:

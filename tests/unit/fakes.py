@@ -13,7 +13,7 @@ import torch
 
 from diffuserve.components import InProcessRunner
 from diffuserve.errors import DiffuserveError
-from diffuserve.manifest import Component, Deployment, Manifest, Range, TensorShape
+from diffuserve.manifest import Component, Deployment, LatentColours, Manifest, Range, TensorShape
 from diffuserve.request import Event
 
 TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "shapes" / "tokenizer" / "tokenizer.json"
@@ -55,12 +55,15 @@ def write_deployment(root: Path, *names: str, max_rows: int = 64, **values: Any)
             source="nowhere",
             key="0",
             size=Range(32, 64, 192, 16),
+            vae_size=Range(32, 64, 192, 16),
             rows=Range(1, min(4, max_rows), max_rows),
             latent_channels=4,
             latent_scale=8,
             guidance_scale=7.5,
             token_limit=77,
             scheduler=SCHEDULER,
+            # The first three channels are the colour, as FakeModels.decode has it but for the tanh.
+            colours=LatentColours(((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0)), (0.0, 0.0, 0.0)),
             components={one: component(one) for one in ("text_encoder", "unet", "vae_decoder", "vae_encoder")},
         )
         manifest = replace(manifest, **values)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional
 
 from diffuserve.checkpoint import Checkpoint
+from diffuserve.components import InProcessRunner
 from diffuserve.errors import InvalidArgumentError, UnsupportedError
+from diffuserve.images import image_from_pixels
+from diffuserve.manifest import Range
 from diffuserve.request import GenerateRequest
 from unit.fakes import FakeModels, write_deployment
 
@@ -68,3 +75,33 @@ def test_what_cannot_be_is_refused_at_admission(
 def test_too_many_steps_for_a_distilled_sampler_are_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(UnsupportedError, match="at most 50"):
         checkpoint.trajectory(checkpoint.resolve(ask(sampler="lcm", steps=51)))
+
+
+def test_large_pictures_go_through_the_autoencoder_in_tiles(tmp_path: Path) -> None:
+    """Both ways, in as few calls as its rows allow; these fakes need no surroundings, so that nothing else changes."""
+    deployment = write_deployment(tmp_path, "fake", max_rows=5, vae_size=Range(32, 64, 64, 16))
+    models, calls = FakeModels(), list[tuple[int, ...]]()
+
+    def encode(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        calls.append(tuple(inputs["pixels"].shape))
+        colours = functional.avg_pool2d(inputs["pixels"], 8)
+        return {"moments": torch.cat([colours, colours[:, :1], colours * 0, colours[:, :1] * 0], dim=1)}
+
+    def decode(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        calls.append(tuple(inputs["latents"].shape))
+        return models.decode(inputs)
+
+    runner = InProcessRunner({"vae_encoder": encode, "vae_decoder": decode})
+    checkpoint = Checkpoint(deployment, "fake", runner)
+    latents = torch.randn(4, 24, 16)
+    expected = models.decode({"latents": latents[None]})["pixels"][0]
+    assert torch.allclose(checkpoint.decode(latents), expected, atol=1e-6)
+    # 4 tiles down and 3 across, 8 latents a side.
+    assert calls == [(5, 4, 8, 8), (5, 4, 8, 8), (2, 4, 8, 8)]
+    calls.clear()
+    file = BytesIO()
+    image_from_pixels(expected).save(file, "PNG")
+    mean, deviation = checkpoint.encode(checkpoint.resolve(ask(init_image=file.getvalue())))
+    assert torch.allclose(mean[:3], latents[:3].tanh(), atol=0.01)
+    assert not deviation.any()
+    assert calls == [(5, 3, 64, 64), (5, 3, 64, 64), (2, 3, 64, 64)]

@@ -104,6 +104,20 @@ def test_the_picture_is_the_same_when_another_server_goes_on(start: Start, sampl
     assert len(models.rows) < 1 + 2 * 6
 
 
+def test_previews_go_on_where_they_are_asked_for_again(start: Start) -> None:
+    whole = ask(start()[0], sampler="heun").wait().events[0]
+    (left,) = drained_at(*start(), 5, sampler="heun").events
+    service, models = start()
+    seen, reply = threading.Event(), Recorder()
+    reply.on_event = lambda event: seen.set() if event.kind == "preview" else None
+    models.before_decode = lambda: None if seen.wait(20) else pytest.fail("no preview came")
+    service.submit(GenerateRequest(prompt="", resume=left.data, preview_every=1), reply)
+    *previews, image = reply.wait().events
+    assert image.data == whole.data
+    assert {event.kind for event in previews} == {"preview"}
+    assert all(left.step < event.step <= 6 for event in previews)
+
+
 def test_it_can_be_handed_over_again_and_again(start: Start) -> None:
     whole = ask(start()[0], sampler="dpmpp_2m_sde").wait().events[0]
     data = drained_at(*start(), 2, sampler="dpmpp_2m_sde").events[0].data

@@ -11,7 +11,7 @@ import pytest
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.manifest import Component, Deployment
 from diffuserve.profiles import EngineFacts, Profile, Range
-from diffuserve.spec import UNET
+from diffuserve.spec import UNET, VAE_DECODER
 from unit.fakes import write_deployment
 
 
@@ -55,6 +55,13 @@ def test_a_manifest_keeps_the_engine(tmp_path: Path) -> None:
     again = Deployment.load(tmp_path).manifest("x")
     assert again == changed
     assert [again.max_rows(UNET, side, 64) for side in (64, 128, 192)] == [64, 16, 4]
+
+
+def test_an_autoencoder_without_an_engine_is_bounded_by_its_pixels(tmp_path: Path) -> None:
+    manifest = write_deployment(tmp_path, "x", max_rows=9).manifest("x")
+    found = [manifest.max_rows(VAE_DECODER, side, side) for side in (64, 512, 1024, 2048)]
+    assert found == [9, 4, 1, 1]
+    assert manifest.max_rows(UNET, 2048, 2048) == 9
 
 
 def test_a_manifest_of_before_is_read(tmp_path: Path) -> None:

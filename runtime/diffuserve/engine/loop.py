@@ -230,6 +230,9 @@ class DenoiseLoop:
         done = track.steps_done(track.evaluation)
         if done > track.steps_done(track.evaluation - 1):
             track.on_step(done)
+        if track.predicted is not None:
+            predicted, track.predicted = track.predicted, None
+            track.on_predicted(done, predicted)
         if track.is_done:
             track.on_latents(self._leave(track)[0])
 

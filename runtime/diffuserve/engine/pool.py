@@ -93,7 +93,7 @@ class LatentPool:
     def step(self, tracks: Sequence[Track], denoise: Denoise, rows: int = 0) -> None:
         """One UNet evaluation of each track, in one call, and the update of Trajectory's docstring on all of them.
 
-        The call has `rows` rows where that is more than the tracks have.
+        The call has `rows` rows where that is more than the tracks have. A track that wants it then has `predicted`.
         """
         batch = self._batch_of(tracks, rows)
         numbers = torch.stack([track.coefficients[track.evaluation] for track in tracks]).to(self._device)
@@ -112,7 +112,10 @@ class LatentPool:
             batch.kept.put_back(updated)
         self._latents[batch.slots] = updated
         self._remember(batch, u, history)
-        for track in tracks:
+        for i, track in enumerate(tracks):
+            if track.predicts():
+                p0, q0 = (float(column[track.evaluation]) for column in (track.trajectory.p0, track.trajectory.q0))
+                track.predicted = p0 * latents[i] + q0 * output[i]
             track.evaluation += 1
 
     def _batch_of(self, tracks: Sequence[Track], rows: int) -> _Batch:

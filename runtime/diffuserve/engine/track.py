@@ -36,6 +36,8 @@ class Track:
     deadline             of the loop's clock, in seconds, or None
     on_start()           when its first UNet call begins
     on_step(done)        whenever a denoising step is complete, with their number
+    predict_every        steps from one prediction to the next, 0 for none
+    on_predicted(done, latents)     after such a step: the latents [C, h, w] float32 that the model predicts by then
     on_latents(latents)  once, with the final latents [C, h, w] float32
     on_error(error)      once, instead
     on_suspend(latents, history)    once, instead: what it had become when the loop was told to let go of it
@@ -52,6 +54,7 @@ class Track:
     history: torch.Tensor | None = None
     steps_before: int = 0
     masked: Masked | None = None
+    predict_every: int = 0
     priority: int = 0
     tag: str = ""
     deadline: float | None = None
@@ -61,9 +64,11 @@ class Track:
     on_suspend: Callable[[torch.Tensor, torch.Tensor], None] = _NOTHING
     on_start: Callable[[], None] = _NOTHING
     on_step: Callable[[int], None] = _NOTHING
+    on_predicted: Callable[[int, torch.Tensor], None] = _NOTHING
     is_cancelled: Callable[[], bool] = lambda: False
     rows: int = field(init=False)
     coefficients: torch.Tensor = field(init=False)
+    predicted: torch.Tensor | None = None
     slot: int = -1
     evaluation: int = 0
     joined: int = 0
@@ -87,6 +92,13 @@ class Track:
     def steps_done(self, evaluations: int) -> int:
         """How many denoising steps are complete after that many evaluations."""
         return int(self.trajectory.steps_done[evaluations - 1]) if evaluations else self.steps_before
+
+    def predicts(self) -> bool:
+        """Whether the evaluation that comes completes a step whose prediction is wanted."""
+        if not self.predict_every:
+            return False
+        done = self.steps_done(self.evaluation + 1)
+        return done > self.steps_done(self.evaluation) and done % self.predict_every == 0
 
     def candidate(self) -> Candidate:
         """What the policy sees of it."""

@@ -151,12 +151,18 @@ def _integrate_quickly(scheduler: Any) -> None:
         scheduler.get_lms_coefficient = partial(type(scheduler).get_lms_coefficient, plain)
 
 
-def _noise_level(scheduler: Any, position: int, timestep: float, works_unscaled: bool) -> tuple[float, float]:
+def _noise_level(scheduler: Any, position: int, timestep: float, input_scale: float) -> tuple[float, float]:
     """alpha and sigma of x = alpha x0 + sigma noise, in the scale that the scheduler's latents have."""
     sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and float(scheduler.init_noise_sigma) != 1.0:
+        # Latents with alpha = 1 are divided by hypot(1, sigma) for the UNet, which tells the sigma: KDPM2's second
+        # evaluation is at one between two steps.
+        known = torch.cat([sigmas, getattr(scheduler, "sigmas_interpol", sigmas)]).double()
+        told = float(np.sqrt(max(0.0, input_scale**-2 - 1)))
+        return 1.0, float(known[int((known - told).abs().nan_to_num(nan=torch.inf).argmin())])
     if sigmas is not None and position < len(sigmas):
         sigma = float(sigmas[position])
-        alpha = 1.0 if works_unscaled else 1 / float(np.hypot(1.0, sigma))
+        alpha = 1 / float(np.hypot(1.0, sigma))
         return alpha, sigma * alpha
     product = float(scheduler.alphas_cumprod[int(timestep)])
     return product**0.5, (1 - product) ** 0.5
@@ -189,7 +195,7 @@ def _run_scheduler(scheduler: Any, begin: int, step_options: Mapping[str, Any]) 
             # Schedulers that keep an index have moved it on by now; the others walk their timesteps in order.
             index = getattr(scheduler, "step_index", None)
             position = begin + k if index is None else int(index) - 1
-            alpha, sigma = _noise_level(scheduler, position, float(t), float(scheduler.init_noise_sigma) != 1.0)
+            alpha, sigma = _noise_level(scheduler, position, float(t), input_scale)
             noises = tuple(noise.flatten().numpy() for noise in drawn[already:])
             vectors = (tensor.to(torch.float64).flatten().numpy() for tensor in (x, output, after))
             before_vector, output_vector, after_vector = vectors
@@ -316,7 +322,8 @@ def compile_trajectory(
         image_scale, noise_scale = _first_scales(scheduler, strength, begin)
         _integrate_quickly(scheduler)
         evaluations = _run_scheduler(scheduler, begin, step_options)
-    fit = _best_fit(evaluations, scheduler.config.get("prediction_type", "epsilon"))
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    fit = _best_fit(evaluations, prediction)
     if fit.failed_at is not None:
         raise CompileError(
             f"{sampler} with {steps} steps is not a linear recurrence over {HISTORY + 1} evaluations "
@@ -332,7 +339,7 @@ def compile_trajectory(
         strength=strength,
         image_scale=image_scale,
         initial_scale=noise_scale,
-        **_table(evaluations, fit, steps - skipped),
+        **_table(evaluations, prediction, fit, steps - skipped),
     )
 
 
@@ -362,10 +369,13 @@ def _noised(scheduler: Any, timestep: torch.Tensor) -> tuple[float, float]:
     return float(scales[0]), float(scales[1])
 
 
-def _table(evaluations: list[_Evaluation], fit: _Fit, steps: int) -> dict[str, Any]:
+def _table(evaluations: list[_Evaluation], prediction: str, fit: _Fit, steps: int) -> dict[str, Any]:
     """The columns of the Trajectory."""
     count = len(evaluations)
+    p0, q0 = np.array([_as_sample(evaluation, prediction) for evaluation in evaluations], dtype=np.float64).T
     return {
+        "p0": p0,
+        "q0": q0,
         "timestep": np.array([evaluation.timestep for evaluation in evaluations]),
         "input_scale": np.array([evaluation.input_scale for evaluation in evaluations]),
         **{name: np.array([getattr(row, name) for row in fit.rows], dtype=np.float64) for name in "pqabc"},

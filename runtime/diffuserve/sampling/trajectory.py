@@ -41,6 +41,7 @@ class Trajectory:
     image_scale   what a given picture's latents are multiplied by and added to it; 0 where there is none
     kept_image    where a mask keeps a given picture, its latents are put back after the evaluation: multiplied by this,
     kept_noise    with the noise of the first x, multiplied by this, added to them
+    p0, q0        the x0 that the model predicts there, the picture's latents as it sees them by then: p0 x + q0 m
     strength      how much of the schedule is left to a given picture, above 0 to 1; None where there is none
     schedule      the sigma schedule; None is what the checkpoint's config says
     residual      the largest relative error with which the table makes diffusers' own step
@@ -63,6 +64,8 @@ class Trajectory:
     c: Vector
     kept_image: Vector
     kept_noise: Vector
+    p0: Vector
+    q0: Vector
     remember: npt.NDArray[np.bool_]
     draws: npt.NDArray[np.int64]
     steps_done: npt.NDArray[np.int64]

@@ -59,11 +59,18 @@ def progress(step: int, steps: int | None) -> Event:
     return Event(kind="progress", step=step, steps=steps or DEFAULT_STEPS, info={})
 
 
+def preview(step: int, steps: int | None, data: bytes, index: int = 0) -> Event:
+    return Event(kind="preview", index=index, step=step, steps=steps or DEFAULT_STEPS, data=data, info={})
+
+
 def answer(_: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
     """A server that does what is asked."""
     for step in range(1, (request.steps or DEFAULT_STEPS) + 1):
         if request.progress_every and step % request.progress_every == 0:
             yield response(progress(step, request.steps))
+        if request.preview_every and step % request.preview_every == 0:
+            for index in range(request.num_images):
+                yield response(preview(step, request.steps, picture("blue", request.image_format), index))
     last = request.num_images - 1
     for index in range(request.num_images):
         yield response(image(index, picture(image_format=request.image_format)), final=index == last)

@@ -12,8 +12,8 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from diffuserve_client import Client, Event, GenerateRequest, InvalidArgumentError, Timeout
-from unit.client.fake_triton import FakeTriton, image, picture, progress, response
+from diffuserve_client import Client, Event, GenerateRequest, InvalidArgumentError, PictureEvent, Timeout
+from unit.client.fake_triton import FakeTriton, image, picture, preview, progress, response
 
 
 def test_one_image(client: Client, fake: FakeTriton) -> None:
@@ -70,6 +70,36 @@ def test_on_progress_hears_every_step(client: Client, fake: FakeTriton) -> None:
     result = client.generate("a", steps=3, on_progress=heard.append)
     assert heard == [progress(1, 3), progress(2, 3), progress(3, 3)]
     assert result.request.progress_every == 1
+
+
+def test_on_preview_sees_every_step(client: Client, fake: FakeTriton) -> None:
+    seen: list[PictureEvent] = []
+    result = client.generate("a", steps=3, on_preview=seen.append)
+    assert [(event.kind, event.step) for event in seen] == [("preview", 1), ("preview", 2), ("preview", 3)]
+    assert seen[0].image.getpixel((0, 0)) == (0, 0, 255)
+    assert seen[0].image is seen[0].image
+    assert (result.request.preview_every, result.request.progress_every) == (1, 0)
+    assert result.image.getpixel((0, 0)) == (255, 0, 0)
+    client.generate("a", steps=6, preview_every=4, on_preview=seen.append)
+    assert [event.step for event in seen[3:]] == [4]
+
+
+@pytest.mark.parametrize("encoding", ["binary", "base64"])
+def test_events_with_pictures_open_them(client: Client, fake: FakeTriton, encoding: str) -> None:
+    def encoded(_: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        data = [picture("blue"), picture("red")]
+        if encoding == "base64":
+            data = [base64.b64encode(one) for one in data]
+        yield response(progress(1, 2))
+        yield response(preview(1, 2, data[0]))
+        yield response(image(data=data[1]), final=True)
+
+    fake.script = encoded
+    told, small, whole = client.stream(GenerateRequest(prompt="a", image_encoding=encoding, preview_every=1))
+    assert not isinstance(told, PictureEvent)
+    assert isinstance(small, PictureEvent)
+    assert isinstance(whole, PictureEvent)
+    assert [one.image.getpixel((0, 0)) for one in (small, whole)] == [(0, 0, 255), (255, 0, 0)]
 
 
 def test_on_progress_keeps_the_interval_that_is_asked_for(client: Client) -> None:

@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from diffuserve_client import (
     _command,
 )
 from diffuserve_client._command import app, exit_code
-from unit.client.fake_triton import FakeTriton, answer, failure, silence
+from unit.client.fake_triton import FakeTriton, answer, failure, picture, silence
 
 COMMAND = [sys.executable, "-m", "diffuserve_client"]
 
@@ -116,6 +117,26 @@ def test_every_option_reaches_the_server(fake: FakeTriton) -> None:
             image_format="webp",
         )
     ]
+
+
+def test_previews_are_files_until_the_pictures_are_there(fake: FakeTriton, tmp_path: Path) -> None:
+    seen = list[dict[str, bytes]]()
+
+    def watched(server: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        *before, last = answer(server, request)
+        yield from before
+        # The client asks for nothing meanwhile, so its files are awaited.
+        deadline = time.monotonic() + 20
+        while len(list(tmp_path.glob("*.preview.webp"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        seen.append({path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix == ".webp"})
+        yield last
+
+    fake.script = watched
+    result = run("generate", "a", "-n", "2", "-o", "a.webp", "--preview-every", "20", url=fake.url)
+    assert (result.exit_code, fake.requests[0].preview_every) == (0, 20)
+    assert seen == [dict.fromkeys(("a-0.preview.webp", "a-1.preview.webp"), picture("blue", "webp"))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-0.webp", "a-1.webp"]
 
 
 def test_several_images_are_numbered(fake: FakeTriton, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from diffuserve.manifest import Manifest
+from diffuserve.manifest import LatentColours, Manifest
 from diffuserve_export import ExportOptions, Report, assembly, export_checkpoint
+from diffuserve_export.checkpoint import Checkpoint
 from diffuserve_export.graphs import Graph
 from diffuserve_export.ports import ports_of
 from diffuserve_export.verify import Verified
@@ -47,6 +48,12 @@ def without_logs() -> Iterator[None]:
         yield
     finally:
         logging.disable(logging.NOTSET)
+
+
+def float32_graph(checkpoint: Checkpoint, component: str, path: Path) -> Graph:
+    """Of a file that was not made from the checkpoint just now; its latents have no colours."""
+    colours = LatentColours(((0.0,) * checkpoint.latent_channels,) * 3, (0.0,) * 3)
+    return Graph(path, ports_of(checkpoint)[component], "fp32", (), colours=colours)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,6 @@ def graphs_from_store(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> No
     def copy(plan: Any, component: str, path: Path, report: Any) -> Graph:
         report.stage(component, "loading")
         shutil.copyfile(exported.graph(component), path)
-        return Graph(path, ports_of(plan.checkpoint)[component], "fp32", ())
+        return float32_graph(plan.checkpoint, component, path)
 
     monkeypatch.setattr(assembly, "graph_from_component", copy)
