@@ -15,6 +15,7 @@ from diffuserve.engine import Group
 from diffuserve.errors import InvalidArgumentError, UnsupportedError
 from diffuserve.images import pixels_from_image, read_image
 from diffuserve.manifest import Deployment, Manifest
+from diffuserve.prompts import EmbeddingFolder
 from diffuserve.request import DEFAULT_STRENGTH, RANDOM_SEED, GenerateRequest, ResolvedRequest
 from diffuserve.sampling import Trajectory, TrajectoryCompiler
 from diffuserve.snapshot import ImageState
@@ -26,17 +27,20 @@ _SEED_BOUND: Final = 2**32  # what the server draws stays readable, and exact in
 
 
 class Checkpoint:
-    """Loads what the loop needs of one checkpoint.
+    """Loads what the loop needs of one checkpoint. `embeddings` is the deployment's own folder unless it is given.
 
     Raises OSError or ValueError for a folder that is not whole, or that another version exported.
     """
 
-    def __init__(self, deployment: Deployment, name: str, runner: ComponentRunner) -> None:
+    def __init__(
+        self, deployment: Deployment, name: str, runner: ComponentRunner, embeddings: EmbeddingFolder | None = None
+    ) -> None:
         self.manifest: Manifest = deployment.manifest(name)
         self.name = name
         self._runner = runner
         #: What the UNet is told for requests.
-        self.condition = Conditioner(self.manifest, deployment.folder(name), runner)
+        folder = embeddings or EmbeddingFolder(deployment.embeddings)
+        self.condition = Conditioner(self.manifest, deployment.folder(name), runner, folder)
         self._compile = TrajectoryCompiler(self.manifest.scheduler)
 
     def resolve(self, request: GenerateRequest) -> ResolvedRequest:
@@ -72,7 +76,8 @@ class Checkpoint:
         # As diffusers: a scale that the UNet is told takes the place of the second row.
         guided = guidance > 1 and not manifest.conditioning.guidance_embedding
         seed = secrets.randbelow(_SEED_BOUND) if request.seed == RANDOM_SEED else request.seed
-        return ResolvedRequest(
+        self._check_clip_skip(request.clip_skip)
+        resolved = ResolvedRequest(
             request=replace(request, seed=seed),
             checkpoint=self.name,
             width=width,
@@ -85,6 +90,23 @@ class Checkpoint:
             rows=2 if guided else 1,
             image=image,
         )
+        return self.read(resolved)
+
+    def read(self, resolved: ResolvedRequest) -> ResolvedRequest:
+        """The same with its prompts as the text encoders read them. Raises InvalidArgumentError or UnsupportedError."""
+        reading = self.condition.read(resolved)
+        return replace(resolved, reading=reading, embeddings=reading.embeddings)
+
+    def _check_clip_skip(self, asked: int) -> None:
+        most = self.manifest.conditioning.clip_skip
+        if asked > most:
+            raise InvalidArgumentError(
+                f"clip_skip is {asked}, and the text encoders of {self.name} have {most} layers that can be left out; "
+                f"ask for at most {most}",
+                input="clip_skip",
+                value=asked,
+                maximum=most,
+            )
 
     def trajectory(self, resolved: ResolvedRequest) -> Trajectory:
         """The table of the request's sampler. Raises CompileError where there is none at these steps."""

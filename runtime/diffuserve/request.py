@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
 from diffuserve.errors import InvalidArgumentError
+from diffuserve.spec import MOST_CLIP_SKIP
 
 __all__ = [
     "DEFAULT_STRENGTH",
@@ -20,6 +21,7 @@ __all__ = [
     "MAX_IMAGES",
     "MAX_PROMPT_BYTES",
     "MAX_SEED",
+    "PROMPT_SYNTAXES",
     "RANDOM_SEED",
     "Event",
     "EventKind",
@@ -36,6 +38,7 @@ MIN_HEARTBEAT_MS: Final = 1000
 DEFAULT_STRENGTH: Final = 0.8  # as in the protocol; also of diffusers' image-to-image
 MAX_SEED: Final = 2**63 - 1
 RANDOM_SEED: Final = -1
+PROMPT_SYNTAXES: Final = ("plain", "a1111")
 IMAGE_FORMATS: Final = ("png", "jpeg", "webp")
 IMAGE_ENCODINGS: Final = ("binary", "base64")
 
@@ -94,7 +97,8 @@ def _check_text(name: str, value: str, limit: int) -> None:
 class GenerateRequest:
     """One request for pictures. None means: the checkpoint's own value.
 
-    `init_image` is an encoded picture to begin with, or none, and `strength` how much of it is made anew.
+    `clip_skip` counts the text encoders' last layers that are left out; `prompt_syntax` says what brackets in both
+    prompts mean. `init_image` is an encoded picture to begin with, or none, and `strength` how much of it is made anew.
     `resume` is a snapshot's bytes, or none; with one, everything but how it is answered is the snapshot's.
 
     Raises InvalidArgumentError with the value, the limit and the remedy.
@@ -102,6 +106,8 @@ class GenerateRequest:
 
     prompt: str
     negative_prompt: str = ""
+    prompt_syntax: str = "plain"
+    clip_skip: int = 0
     checkpoint: str | None = None
     width: int | None = None
     height: int | None = None
@@ -130,11 +136,13 @@ class GenerateRequest:
         _check_text("negative_prompt", self.negative_prompt, MAX_PROMPT_BYTES)
         for name in ("checkpoint", "sampler", "sigma_schedule", "client_tag"):
             _check_text(name, getattr(self, name) or "", MAX_NAME_BYTES)
-        for name in ("num_images", "seed", "progress_every", "heartbeat_ms", "priority", "deadline_ms"):
+        _check_choice("prompt_syntax", self.prompt_syntax, PROMPT_SYNTAXES)
+        for name in ("clip_skip", "num_images", "seed", "progress_every", "heartbeat_ms", "priority", "deadline_ms"):
             _check_integer(name, getattr(self, name))
         for name in ("width", "height", "steps"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
+        _check_range("clip_skip", self.clip_skip, 0, MOST_CLIP_SKIP, "0 leaves out no layer")
         if self.steps is not None:
             _check_range("steps", self.steps, 1, 150)
         if self.guidance_scale is not None:
@@ -198,7 +206,8 @@ class ResolvedRequest:
     """A request with nothing left to default: what `info` reports, and what makes the same picture again.
 
     `rows` is how many rows each of its images has in a UNet call: with guidance 2, the prompt's and the negative
-    prompt's. `image` is the decoded `init_image`, a PIL picture, or None.
+    prompt's. `embeddings` are the textual inversions in its prompts, as name:digest. `image` is the decoded
+    `init_image`, a PIL picture, or None; `reading` is a prompts.Reading, what the text encoders read.
     """
 
     request: GenerateRequest
@@ -211,7 +220,9 @@ class ResolvedRequest:
     sigma_schedule: str | None
     seed: int
     rows: int
+    embeddings: tuple[str, ...] = ()
     image: Any = None
+    reading: Any = None
 
     @property
     def eta(self) -> float:
@@ -228,6 +239,7 @@ class ResolvedRequest:
             "guidance_scale": self.guidance_scale,
             "sampler": self.sampler,
             "sigma_schedule": self.sigma_schedule,
+            "embeddings": list(self.embeddings),
             "seed": self.seed + index,
             "num_images": 1,
         }

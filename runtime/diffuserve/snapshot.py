@@ -152,7 +152,9 @@ def _unpacked(tensor: torch.Tensor, limit: int) -> bytes:
 
 def _facts(snapshot: Snapshot) -> bytes:
     resolved = {
-        one.name: getattr(snapshot.resolved, one.name) for one in fields(snapshot.resolved) if one.name != "image"
+        one.name: getattr(snapshot.resolved, one.name)
+        for one in fields(snapshot.resolved)
+        if one.name not in ("image", "reading")
     }
     facts = {
         "resolved": {**resolved, "request": snapshot.resolved.request.parameters()},
@@ -192,7 +194,9 @@ def _table(content: bytes, about: Mapping[str, Any]) -> Trajectory:
 
 
 def _snapshot(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Snapshot:
-    resolved = ResolvedRequest(**{**facts["resolved"], "request": GenerateRequest(**facts["resolved"]["request"])})
+    request = GenerateRequest(**facts["resolved"]["request"])
+    embeddings = tuple(facts["resolved"]["embeddings"])
+    resolved = ResolvedRequest(**{**facts["resolved"], "request": request, "embeddings": embeddings})
     table = _table(_unpacked(tensors["table"], _MAX_TABLE_BYTES), facts["table"])
     first, images = int(facts["first"]), []
     for index, evaluation, steps, draws in facts["images"]:

@@ -35,6 +35,7 @@ from diffuserve.telemetry import Fanout, Telemetry
 __all__ = [
     "CALL_LOG_VARIABLE",
     "DEPLOYMENT_VARIABLE",
+    "EMBEDDINGS_VARIABLE",
     "LOG_LEVEL_VARIABLE",
     "SNAPSHOT_KEY_VARIABLE",
     "TARGET_STEP_VARIABLE",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 DEPLOYMENT_VARIABLE: Final = "DIFFUSERVE_DEPLOYMENT"
+EMBEDDINGS_VARIABLE: Final = "DIFFUSERVE_EMBEDDINGS"  # a folder of textual inversions instead of the deployment's
 CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each component call to, for benches
 LOG_LEVEL_VARIABLE: Final = "DIFFUSERVE_LOG_LEVEL"
 SNAPSHOT_KEY_VARIABLE: Final = "DIFFUSERVE_SNAPSHOT_KEY"  # what snapshots are signed with; without it, one of its own
@@ -237,6 +239,12 @@ class TritonReply:
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
 
 
+def _folder(variable: str) -> Path | None:
+    """The folder that an environment variable names; None where it is not set."""
+    text = os.environ.get(variable, "")
+    return Path(text) if text else None
+
+
 def _milliseconds(variable: str) -> float | None:
     """The seconds that an environment variable names in milliseconds; None where it is not set."""
     text = os.environ.get(variable, "")
@@ -280,6 +288,7 @@ class DiffusionModel:
             target_step=_milliseconds(TARGET_STEP_VARIABLE),
             device=device,
             key=os.environ.get(SNAPSHOT_KEY_VARIABLE, "").encode(),
+            embeddings=_folder(EMBEDDINGS_VARIABLE),
         )
         self._token = os.environ.get(TOKEN_VARIABLE, "").encode()
         # The first request shows that the instance is made. A server that gets none still measures its engines.

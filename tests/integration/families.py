@@ -193,8 +193,8 @@ def _shared_graphs(shapes: Path, store: Path) -> Callable[..., Graph]:
 
 def _identity(checkpoint: Checkpoint, component: str, precision: str) -> tuple[str, ...]:
     part = checkpoint.parts[part_of(component)]
-    layer = checkpoint.family.hidden_layer if component in checkpoint.family.encoders else 0
+    layers = (checkpoint.family.hidden_layer, checkpoint.clip_skip) if component in checkpoint.family.encoders else ()
     digest = hashlib.sha256(json.dumps(dict(part.config), sort_keys=True).encode())
     for file in part.files:
         digest.update(file.read_bytes())
-    return component, precision, str(layer), digest.hexdigest()
+    return component, precision, str(layers), digest.hexdigest()

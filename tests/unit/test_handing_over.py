@@ -147,7 +147,7 @@ def test_a_request_that_was_not_begun_is_handed_over_whole(start: Start) -> None
         assert release.wait(20)
         return text(inputs)
 
-    service._checkpoints["fake"].condition._runner._models["text_encoder"] = slow_text  # type: ignore[attr-defined]
+    service.loop._runner._models["text_encoder"] = slow_text  # type: ignore[attr-defined]
     first = ask(service, num_images=2)
     assert held.wait(20)
     waiting = ask(service, num_images=2)

@@ -343,7 +343,7 @@ def test_a_forecast_of_a_full_server_is_quick() -> None:
     """Admission waits for it: counted in cost lookups, not in seconds."""
     looked_up = 0
 
-    def counted(rows: int) -> float:
+    def counted(rows: int, chunks: int) -> float:
         nonlocal looked_up
         looked_up += 1
         return 0.1

@@ -114,5 +114,7 @@ def server_environment(
         folders = (str(triton.library_folder), inherited.get("LD_LIBRARY_PATH", ""))
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
     environment["DIFFUSERVE_DEPLOYMENT"] = str(deployment)
+    if options.embeddings is not None:
+        environment["DIFFUSERVE_EMBEDDINGS"] = str(options.embeddings.absolute())
     environment.update(options.environment)
     return environment
