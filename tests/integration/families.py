@@ -48,7 +48,10 @@ def _sd21(folder: Path) -> None:
     (folder / "diffuserve.json").unlink()
     made = random_pipeline("sd21")
     config = CLIPTextConfig(**{**made.text_encoder.config.to_dict(), "hidden_size": 64})
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    encoder = CLIPTextModel(config)
+    # As in trained ones: without it the mean of the hidden states, which weights on words restore, would be zero.
+    torch.nn.init.normal_(encoder.final_layer_norm.bias)
+    encoder.save_pretrained(folder / "text_encoder")
     made.tokenizer.save_pretrained(folder / "tokenizer")
     _set_scheduler(folder, _config(made.scheduler))
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from diffuserve.engine import StepCosts, StepPolicy
 from diffuserve.errors import DrainingError, InvalidArgumentError
@@ -99,6 +101,30 @@ def test_the_picture_is_the_same_when_another_server_goes_on(start: Start, sampl
     assert again.info["seed"] == whole.info["seed"]
     assert again.info.get("resumed_at_step", 0) == event.step
     assert len(models.rows) < 1 + 2 * 6
+
+
+def put_embedding(deployment: Deployment, value: float) -> None:
+    deployment.embeddings.mkdir(exist_ok=True)
+    save_file({"emb_params": torch.full((2, 1), value)}, deployment.embeddings / "ring.safetensors")
+
+
+def test_long_and_learnt_prompts_are_read_again_where_it_goes_on(start: Start, deployment: Deployment) -> None:
+    put_embedding(deployment, 0.5)
+    values: dict[str, Any] = {"prompt": "(a ring:1.2), " * 40, "prompt_syntax": "a1111", "clip_skip": 1}
+    whole = ask(start()[0], **values).wait().events[0]
+    data = drained_at(*start(), 3, **values).events[0].data
+    again = go_on(start()[0], data).events[0]
+    assert again.data == whole.data
+    asked = ("prompt_chunks", "embeddings", "clip_skip", "prompt_syntax")
+    assert [again.info[name] for name in asked] == [whole.info[name] for name in asked]
+    put_embedding(deployment, 0.25)
+    with pytest.raises(
+        InvalidArgumentError, match=r"read with the embeddings ring:\w{16}, and here with ring:\w{16}; give"
+    ):
+        go_on(start()[0], data)
+    (deployment.embeddings / "ring.safetensors").unlink()
+    with pytest.raises(InvalidArgumentError, match=r"and here with none; give servers that hand over"):
+        go_on(start()[0], data)
 
 
 def test_it_can_be_handed_over_again_and_again(start: Start) -> None:

@@ -19,7 +19,7 @@ import stat
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -102,6 +102,8 @@ def _listed_widths(widths: Mapping[str, int]) -> str:
 
 
 _Seen = tuple[int, int, int, int]
+#: By their words in lower case.
+_Files = dict[str, list[Path]]
 
 
 class EmbeddingFolder:
@@ -110,29 +112,32 @@ class EmbeddingFolder:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._lock = threading.Lock()
-        self._lists: dict[Path, tuple[int, dict[str, list[Path]]]] = {}
+        self._lists: dict[Path, tuple[int, _Files]] = {}
         self._parsed: OrderedDict[Path, tuple[_Seen, Embedding]] = OrderedDict()
         self._next = 0
 
-    def split(self, text: str, checkpoint: str, input_name: str) -> list[str | Embedding]:
-        """The text with each embedding's word taken out; of several that begin at one place, the longest.
+    def split(self, texts: Sequence[str], checkpoint: str, input_name: str) -> list[list[str | Embedding]]:
+        """Each text with its embeddings' words taken out; of several that begin at one place, the longest.
 
         A word begins and ends where no letter, digit or underscore stands beside it; upper case is as good as lower.
         Raises InvalidArgumentError for a word whose file cannot be used.
         """
         with self._lock:
             files = self._files(checkpoint)
-            pieces, end = list[str | Embedding](), 0
-            for start, stop, paths in _words(text, files) if files else ():
-                pieces += [text[end:start], self._read(paths, input_name)]
-                end = stop
-            return [one for one in (*pieces, text[end:]) if one != ""]
+            return [self._split(text, files, input_name) if files else [text] for text in texts]
 
-    def _files(self, checkpoint: str) -> dict[str, list[Path]]:
+    def _split(self, text: str, files: _Files, input_name: str) -> list[str | Embedding]:
+        pieces, end = list[str | Embedding](), 0
+        for start, stop, paths in _words(text, files):
+            pieces += [text[end:start], self._read(paths, input_name)]
+            end = stop
+        return [*pieces, text[end:]]
+
+    def _files(self, checkpoint: str) -> _Files:
         """The files of each name in lower case, a checkpoint's own before those for all."""
         return {**self._listed(self._root), **self._listed(self._root / checkpoint)}
 
-    def _listed(self, folder: Path) -> dict[str, list[Path]]:
+    def _listed(self, folder: Path) -> _Files:
         try:
             changed = folder.stat().st_mtime_ns
         except OSError:
@@ -140,7 +145,7 @@ class EmbeddingFolder:
         known = self._lists.get(folder)
         if known is not None and known[0] == changed:
             return known[1]
-        files: dict[str, list[Path]] = {}
+        files: _Files = {}
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
                 name = Path(entry.name)
@@ -189,7 +194,7 @@ class EmbeddingFolder:
         return embedding
 
 
-def _words(text: str, files: Mapping[str, list[Path]]) -> Iterator[tuple[int, int, list[Path]]]:
+def _words(text: str, files: _Files) -> Iterator[tuple[int, int, list[Path]]]:
     """Where the words of embeddings begin and end, and their files."""
     end = 0
     for begin in _BEGINS.finditer(text):

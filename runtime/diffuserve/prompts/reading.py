@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -75,7 +76,7 @@ class PromptReader:
 
     def __call__(self, resolved: ResolvedRequest) -> Reading:
         """Raises InvalidArgumentError or UnsupportedError for a prompt that is too long, or cannot be read."""
-        request, used = resolved.request, dict[str, Embedding]()
+        request, used = resolved.request, dict[int, Embedding]()
         read = [self._windows("prompt", request.prompt, request.prompt_syntax, used)]
         # diffusers leaves layers out for the prompt alone, A1111 for both.
         skipped = [request.clip_skip, request.clip_skip if request.prompt_syntax == _A1111 else 0]
@@ -88,18 +89,18 @@ class PromptReader:
         digests = tuple(sorted(f"{one.name}:{one.digest[:16]}" for one in used.values()))
         return Reading((*rows, *zeros), chunks, digests, self._vectors(used))
 
-    def _windows(self, name: str, prompt: str, syntax: str, used: dict[str, Embedding]) -> dict[str, list[list[Token]]]:
+    def _windows(self, name: str, prompt: str, syntax: str, used: dict[int, Embedding]) -> dict[str, list[list[Token]]]:
         """The prompt's tokens by text encoder and window. The embeddings that it names are added to `used`."""
         is_a1111, is_negative = syntax == _A1111, name == "negative_prompt"
         parts = parse_a1111(prompt, name, is_negative=is_negative) if is_a1111 else parse_plain(prompt)
-        pieces: list[_Pieces] = []
-        for part in parts:
-            found = None if part is None else self._embeddings.split(part.text, self._checkpoint, name)
-            for one in found or ():
-                if isinstance(one, Embedding):
-                    one.of(self._widths, name)  # refused here, where the input's name is known
-                    used[one.name] = one
-            pieces.append(None if part is None or found is None else (part.weight, found))
+        spans = [part for part in parts if part is not None]
+        found = self._embeddings.split([one.text for one in spans], self._checkpoint, name)
+        for embedding in chain.from_iterable(found):
+            if isinstance(embedding, Embedding):
+                embedding.of(self._widths, name)  # refused here, where the input's name is known
+                used[embedding.first] = embedding
+        split = iter(found)
+        pieces: list[_Pieces] = [None if part is None else (part.weight, next(split)) for part in parts]
         read = {}
         for encoder in self._encoders:
             units = (None if one is None else list(_units(encoder, *one)) for one in pieces)
@@ -114,7 +115,7 @@ class PromptReader:
         if count > most:
             raise InvalidArgumentError(
                 f"{name} takes {count} windows of {room} tokens, and at most {most} are read, {most * room} tokens; "
-                "shorten it (in a1111, BREAK begins a new one)",
+                "shorten it",
                 input=name,
                 value=count,
                 maximum=most,
@@ -129,7 +130,7 @@ class PromptReader:
             filled[encoder.name] = tuple(map(encoder.tokenizer.window, [*tokens, *empty]))
         return filled
 
-    def _vectors(self, used: Mapping[str, Embedding]) -> dict[str, dict[int, torch.Tensor]]:
+    def _vectors(self, used: Mapping[int, Embedding]) -> dict[str, dict[int, torch.Tensor]]:
         vectors: dict[str, dict[int, torch.Tensor]] = {encoder.name: {} for encoder in self._encoders}
         for one in used.values():
             for encoder in self._encoders:
