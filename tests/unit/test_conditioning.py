@@ -280,6 +280,21 @@ def test_a_unet_that_takes_something_else_is_refused_at_load(
         models.checkpoint(tmp_path, how, *further)
 
 
+def test_an_export_from_before_is_refused_at_load_with_the_remedy(tmp_path: Path, models: Models) -> None:
+    checkpoint = models.checkpoint(tmp_path, LARGE, TEXT_EMBEDS, TIME_IDS)
+    old = replace(component("text_encoder"), inputs=component("text_encoder").inputs[:1])
+    folder = Deployment.load(tmp_path).folder("fake")
+    manifest = checkpoint.manifest
+    changed = replace(manifest, components={**manifest.components, "text_encoder": old})
+    (folder / "manifest.json").write_text(changed.to_json())
+    reason = r"text_encoder of fake takes input_ids, and is given clip_skip, embeddings, input_ids; export it again"
+    with pytest.raises(ValueError, match=reason):
+        Checkpoint(Deployment.load(tmp_path), "fake", InProcessRunner({}))
+    (folder / "manifest.json").write_text(replace(manifest, format_version=2).to_json())
+    with pytest.raises(ValueError, match="the manifest's format is 2, and 3 is read; export again"):
+        Checkpoint(Deployment.load(tmp_path), "fake", InProcessRunner({}))
+
+
 @pytest.mark.parametrize("damage", ["missing", "not a tokenizer"])
 def test_a_tokenizer_that_cannot_be_read_is_refused_at_load(tmp_path: Path, models: Models, damage: str) -> None:
     checkpoint = models.checkpoint(tmp_path, LARGE, TEXT_EMBEDS, TIME_IDS)

@@ -96,7 +96,8 @@ class StepCosts:
 
     def seconds(self, group: Group, rows: int, chunks: int = 1) -> float:
         """The estimate for a call of that many rows, with prompts of that many chunks."""
-        return self._pace * self._usual(group, rows) * self._longer.get((group.checkpoint, chunks), 1.0)
+        seconds = self._pace * self._usual(group, rows)
+        return seconds if chunks == 1 else seconds * self._longer.get((group.checkpoint, chunks), 1.0)
 
     def _usual(self, group: Group, rows: int) -> float:
         measured = self._rows.get(group)
