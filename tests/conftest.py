@@ -26,13 +26,21 @@ def deployment() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's folder of textual inversions, which is empty when it starts."""
+    return tmp_path_factory.mktemp("embeddings")
+
+
+@pytest.fixture(scope="session")
+def server(deployment: Path, embeddings: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real Triton on free ports of loopback, ready."""
     from diffuserve.server import ServerOptions, TritonServer
     from diffuserve.server.snapshot_key import with_snapshot_key
 
     log = tmp_path_factory.mktemp("triton") / "triton.log"
-    options = ServerOptions(deployment=deployment, http_port=0, grpc_port=0, metrics_port=0, log_file=log)
+    options = ServerOptions(
+        deployment=deployment, embeddings=embeddings, http_port=0, grpc_port=0, metrics_port=0, log_file=log
+    )
     with TritonServer(with_snapshot_key(options)) as running:
         running.wait_ready()
         yield running

@@ -60,8 +60,7 @@ class OneLoop(_Pipeline):
             sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _made(self, request: GenerateRequest) -> Any:
-        ids = {"input_ids": self.steps.token_ids(request)}
-        loop = self.steps.loop(request, self._run(TEXT_ENCODER, "hidden_states", ids))
+        loop = self.steps.loop(request, self._run(TEXT_ENCODER, "hidden_states", self.steps.text_inputs(request)))
         inputs = next(loop)
         while True:
             try:
@@ -88,8 +87,7 @@ class ConcurrentLoops(_Pipeline):
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     async def _made(self, request: GenerateRequest) -> Any:
-        ids = {"input_ids": self.steps.token_ids(request)}
-        loop = self.steps.loop(request, await self._run(TEXT_ENCODER, "hidden_states", ids))
+        loop = self.steps.loop(request, await self._run(TEXT_ENCODER, "hidden_states", self.steps.text_inputs(request)))
         inputs = next(loop)
         while True:
             # The dynamic batcher joins along the first dimension of what has at least two.

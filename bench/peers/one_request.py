@@ -16,9 +16,11 @@ from PIL import Image
 
 from diffuserve.images import image_from_pixels
 from diffuserve.manifest import Deployment
-from diffuserve.prompt import PromptTokenizer
+from diffuserve.prompts import PromptTokenizer
+from diffuserve.prompts.windows import Token
 from diffuserve.request import GenerateRequest
 from diffuserve.sampling import HISTORY, Trajectory, TrajectoryCompiler
+from diffuserve.spec import CLIP_SKIP, EMBEDDINGS, INPUT_IDS, TEXT_ENCODER
 
 __all__ = ["Array", "OneRequest", "denoise"]
 
@@ -35,13 +37,20 @@ class OneRequest:
         name = deployment.checkpoints[0]
         self.manifest = deployment.manifest(name)
         self._tokenizer = PromptTokenizer(deployment.folder(name) / "tokenizer.json", self.manifest.token_limit)
+        embeddings = next(one for one in self.manifest.components[TEXT_ENCODER].inputs if one.name == EMBEDDINGS)
+        self._width = int(embeddings.shape[-1])
         self._compile = TrajectoryCompiler(self.manifest.scheduler)
 
-    def token_ids(self, request: GenerateRequest) -> Array:
-        """The prompt's, then, with guidance, the negative prompt's: int32 [rows, tokens]."""
+    def text_inputs(self, request: GenerateRequest) -> dict[str, Array]:
+        """The text encoder's inputs for the prompt, then, with guidance, the negative prompt: one window each."""
         guided = (request.guidance_scale or 0) > 1
         prompts = [request.prompt, request.negative_prompt] if guided else [request.prompt]
-        return np.concatenate([self._tokenizer(prompt).ids.numpy() for prompt in prompts])
+        windows = [self._tokenizer.window(list(map(Token, self._tokenizer.ids(one)))) for one in prompts]
+        return {
+            INPUT_IDS: np.array([one.ids for one in windows], dtype=np.int32),
+            CLIP_SKIP: np.zeros(len(windows), dtype=np.int32),
+            EMBEDDINGS: np.zeros((1, self._width), dtype=np.float32),
+        }
 
     def steps(self, request: GenerateRequest) -> int:
         return request.steps or self.manifest.steps

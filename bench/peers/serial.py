@@ -40,7 +40,7 @@ def serial(places: Places) -> Iterator[Serve]:
 
     def serve(request: GenerateRequest) -> Made:
         with lock:
-            hidden_states = run(TEXT_ENCODER, "hidden_states", input_ids=steps.token_ids(request))
+            hidden_states = run(TEXT_ENCODER, "hidden_states", **steps.text_inputs(request))
             loop = steps.loop(request, hidden_states)
             inputs = next(loop)
             while True:

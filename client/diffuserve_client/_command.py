@@ -95,6 +95,10 @@ def generate(
     ] = DEFAULT_URL,
     checkpoint: Annotated[str | None, typer.Option(help="A deployed checkpoint.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    prompt_syntax: Annotated[
+        str | None, typer.Option(help="plain, or a1111 for (weights:1.3), [less] and BREAK in both prompts.")
+    ] = None,
+    clip_skip: Annotated[int | None, typer.Option(help="The text encoder's last layers to leave out.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="In pixels.")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
@@ -128,6 +132,8 @@ def generate(
     given: dict[str, object] = {
         "checkpoint": checkpoint,
         "negative_prompt": negative_prompt,
+        "prompt_syntax": prompt_syntax,
+        "clip_skip": clip_skip,
         "width": width,
         "height": height,
         "steps": steps,

@@ -26,6 +26,8 @@ class GenerateParameters(ResumeParameters, total=False):
     """GenerateRequest's fields but the prompt and `resume`, for type checkers; a test holds the two together."""
 
     negative_prompt: str
+    prompt_syntax: str
+    clip_skip: int
     checkpoint: str | None
     width: int | None
     height: int | None

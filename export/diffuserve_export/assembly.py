@@ -105,11 +105,17 @@ def _manifest(plan: Plan, key: str, components: dict[str, Component], colours: L
 
 def _conditioning(checkpoint: Checkpoint) -> Conditioning:
     family = checkpoint.family
+
+    def encoder(name: str, key: str) -> Encoder:
+        vocabulary = int(checkpoint.parts[name].config["vocab_size"])
+        return Encoder(name, tokenizer_file(name), vocabulary, key)
+
     return Conditioning(
-        encoders=tuple(Encoder(name, tokenizer_file(name)) for name in family.encoders),
+        encoders=tuple(map(encoder, family.encoders, family.embedding_keys)),
         text_embeds=family.text_embeds or None,
         time_ids=family.time_ids,
         zero_empty_negative=checkpoint.zero_empty_negative,
         sample=family.sample,
         guidance_embedding=checkpoint.guidance_embedding,
+        clip_skip=checkpoint.clip_skip,
     )

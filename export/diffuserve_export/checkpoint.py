@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from diffuserve.spec import PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER, Family
+from diffuserve.spec import MOST_CLIP_SKIP, PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER, Family
 from diffuserve_export.errors import CheckpointError
 
 __all__ = [
@@ -139,6 +139,12 @@ class Checkpoint:
     def token_limit(self) -> int:
         limits = {self.parts[name].config.get("max_position_embeddings", 77) for name in self.family.encoders}
         return int(min(limits))
+
+    @property
+    def clip_skip(self) -> int:
+        """The most layers that a request may leave out: down to what goes into the first layer of every encoder."""
+        layers = min(int(self.parts[name].config.get("num_hidden_layers", 12)) for name in self.family.encoders)
+        return min(MOST_CLIP_SKIP, layers + 1 + self.family.hidden_layer)
 
     @property
     def guidance_embedding(self) -> int:

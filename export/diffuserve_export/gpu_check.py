@@ -22,7 +22,7 @@ from diffuserve.engine_session import EngineSession
 from diffuserve.manifest import Component, Deployment, Manifest, TensorShape
 from diffuserve.onnx_session import open_session
 from diffuserve.profiles import ROWS, Profile
-from diffuserve.spec import UNET
+from diffuserve.spec import CLIP_SKIP, UNET
 from diffuserve_export.engines.options import TENSORRT, TENSORRT_RTX
 from diffuserve_export.engines.profiles import ROW_BUCKETS
 from diffuserve_export.errors import ExportError, VerificationError
@@ -160,7 +160,8 @@ def example(inputs: Sequence[TensorShape], profile: Profile, rows: int, *, size:
     for one in inputs:
         shape = [sides[side] if isinstance(side, str) else side for side in one.shape]
         if one.datatype.startswith("INT"):
-            drawn[one.name] = torch.randint(0, 100, shape, generator=generator, dtype=torch.int32)
+            most = 2 if one.name == CLIP_SKIP else 100  # any encoder has a layer that can be left out
+            drawn[one.name] = torch.randint(0, most, shape, generator=generator, dtype=torch.int32)
         else:
             scale = 900.0 if one.name == "timestep" else 1.0
             drawn[one.name] = (torch.rand(shape, generator=generator) * scale).to(_DTYPES[one.datatype])

@@ -13,30 +13,60 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
-from diffuserve.spec import PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER, Family
+from diffuserve.spec import PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, part_of
 from diffuserve_export.weights import load_part
 
 __all__ = ["TextEncoder", "UNet", "VaeDecoder", "VaeEncoder", "module_of"]
 
 
-class TextEncoder(nn.Module):
-    """`input_ids` INT32 [rows,77] -> `hidden_states` [rows,77,D] and `pooled` [rows,D].
+class _Vocabulary(nn.Module):
+    """Token ids [rows,77] -> vectors [rows,77,D]: the encoder's own, of later ids those of `further` [vectors,D]."""
 
-    `hidden_states` are of the family's layer: -1 is the last one after the final layer norm, -2 the one before it as
-    it is. `pooled` is projected where the encoder has a projection.
+    def __init__(self, own: nn.Embedding) -> None:
+        super().__init__()
+        self.own = own
+        #: A list, since the exporter takes tensors that are set as attributes for weights.
+        self.further: list[Tensor] = []
+
+    def forward(self, ids: Tensor) -> Tensor:
+        (further,) = self.further
+        size = self.own.num_embeddings
+        # Two lookups rather than one in a table of both, which would be copied in every call.
+        theirs = nn.functional.embedding((ids - size).clamp(min=0), further)
+        return torch.where((ids >= size)[..., None], theirs, self.own(ids.clamp(max=size - 1)))
+
+
+class TextEncoder(nn.Module):
+    """`input_ids`, `clip_skip` INT32 [rows,77] and [rows], `embeddings` [vectors,D] -> `hidden_states`, `pooled`.
+
+    `hidden_states` [rows,77,D] are of the family's layer: -1 is the last one after the final layer norm, -2 the one
+    before it as it is. A row's `clip_skip`, 0 to `most_skipped`, counts layers back from there; the norm stays, as in
+    diffusers. `pooled` [rows,D] is of the last layer always, and projected where the encoder has a projection. Ids
+    beyond the vocabulary are of `embeddings`, which has one row at least.
     """
 
-    def __init__(self, model: Any, hidden_layer: int) -> None:
+    def __init__(self, model: Any, hidden_layer: int, most_skipped: int) -> None:
         super().__init__()
-        self.model, self.hidden_layer = model, hidden_layer
+        self.model, self.hidden_layer, self.most_skipped = model, hidden_layer, most_skipped
+        text_model = getattr(model, "text_model", model)
+        # The token that ends a prompt. Configs that say 2 are from before that was put right; transformers then takes
+        # the largest id, which here may be one of `embeddings`. CLIP's own is its last.
+        if text_model.eos_token_id == 2:
+            text_model.eos_token_id = text_model.config.vocab_size - 1
+        self.vocabulary = text_model.embeddings.token_embedding = _Vocabulary(text_model.embeddings.token_embedding)
+        self.norm = text_model.final_layer_norm
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, clip_skip: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        self.vocabulary.further[:] = [embeddings]
         # The exporter has no kernel for the argmax over int32 that finds the last token, hence int64 inside.
-        output = self.model(input_ids.to(torch.int64), output_hidden_states=self.hidden_layer != -1)
+        output = self.model(input_ids.to(torch.int64), output_hidden_states=True)
         pooled = output.text_embeds if "text_embeds" in output else output.pooler_output
-        hidden = output.last_hidden_state if self.hidden_layer == -1 else output.hidden_states[self.hidden_layer]
-        return hidden, pooled
+        layers = output.hidden_states[self.hidden_layer :: -1][: self.most_skipped + 1]
+        hidden = layers[0]
+        for skipped, layer in enumerate(layers[1:], start=1):
+            hidden = torch.where((clip_skip == skipped)[:, None, None], layer, hidden)
+        return self.norm(hidden) if self.hidden_layer == -1 else hidden, pooled
 
 
 class _InTypeOf(nn.Module):
@@ -124,17 +154,17 @@ def _scale_and_shift(model: AutoencoderKL | AutoencoderTiny) -> tuple[Tensor, Te
     return torch.tensor(float(config.scaling_factor)), torch.tensor(float(getattr(config, "shift_factor", None) or 0))
 
 
-def _wrapper(component: str, family: Family) -> Callable[[Any], nn.Module]:
+def _wrapper(component: str, checkpoint: Checkpoint) -> Callable[[Any], nn.Module]:
     others: Mapping[str, Callable[[Any], nn.Module]] = {
         UNET: UNet,
         VAE_DECODER: VaeDecoder,
         VAE_ENCODER: VaeEncoder,
         PREVIEW_DECODER: VaeDecoder,
     }
-    return others.get(component, lambda model: TextEncoder(model, family.hidden_layer))
+    return others.get(component, lambda model: TextEncoder(model, checkpoint.family.hidden_layer, checkpoint.clip_skip))
 
 
 def module_of(checkpoint: Checkpoint, component: str) -> nn.Module:
     """Load a component in float32, whatever its weights are stored in. Raises CheckpointError where they do not fit."""
     model = load_part(checkpoint, checkpoint.parts[part_of(component)])
-    return _wrapper(component, checkpoint.family)(model).eval().requires_grad_(False)
+    return _wrapper(component, checkpoint)(model).eval().requires_grad_(False)

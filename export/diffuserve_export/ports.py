@@ -8,7 +8,17 @@ from typing import Final
 
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.manifest import Range, TensorShape
-from diffuserve.spec import LATENTS, PIXELS, PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER
+from diffuserve.spec import (
+    CLIP_SKIP,
+    EMBEDDINGS,
+    INPUT_IDS,
+    LATENTS,
+    PIXELS,
+    PREVIEW_DECODER,
+    UNET,
+    VAE_DECODER,
+    VAE_ENCODER,
+)
 from diffuserve_export.checkpoint import Checkpoint, Part
 from diffuserve_export.errors import OptionError
 from diffuserve_export.options import DEFAULT_OPT_ROWS, ExportOptions
@@ -54,10 +64,15 @@ def _decoder_ports(channels: int, datatype: str) -> Ports:
 
 
 def _encoder_ports(checkpoint: Checkpoint, name: str, datatype: str) -> Ports:
+    """Inputs in the order of `modules.TextEncoder.forward`."""
     part, tokens = checkpoint.parts[name], checkpoint.token_limit
     width = int(part.config["hidden_size"])
     return (
-        (TensorShape("input_ids", "INT32", ("rows", tokens)),),
+        (
+            TensorShape(INPUT_IDS, "INT32", ("rows", tokens)),
+            TensorShape(CLIP_SKIP, "INT32", ("rows",)),
+            TensorShape(EMBEDDINGS, datatype, ("vectors", width)),
+        ),
         (
             TensorShape("hidden_states", datatype, ("rows", tokens, width)),
             TensorShape("pooled", datatype, ("rows", _pooled_width(part))),

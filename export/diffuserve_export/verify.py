@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffuserve.manifest import Range, TensorShape
+from diffuserve.spec import CLIP_SKIP, INPUT_IDS
 from diffuserve_export.checkpoint import Checkpoint
 from diffuserve_export.errors import VerificationError
 from diffuserve_export.float32_copy import float32_copy
@@ -73,6 +74,7 @@ def _sides(checkpoint: Checkpoint, *, rows: int, chunks: int, height: int, width
     return {
         "rows": rows,
         "tokens": chunks * checkpoint.token_limit,
+        "vectors": 2 * rows - 1,
         "height": height,
         "width": width,
         "latent_height": height // scale,
@@ -81,7 +83,10 @@ def _sides(checkpoint: Checkpoint, *, rows: int, chunks: int, height: int, width
 
 
 def example_inputs(checkpoint: Checkpoint, inputs: Sequence[TensorShape], sides: Sides) -> list[Tensor]:
-    """Seeded inputs like those of a service: token ids with an end, timesteps of a schedule, pictures, noise."""
+    """Seeded inputs like those of a service: token ids with an end, timesteps of a schedule, pictures, noise.
+
+    The first and the last row have a token of `embeddings`, and leave out no layer and as many as they may.
+    """
     generator = torch.Generator().manual_seed(_SEED)
     vocabulary = min(int(checkpoint.parts[name].config["vocab_size"]) for name in checkpoint.family.encoders)
     # Configs that say 2 are from before that was put right; CLIP's own end is its last token.
@@ -89,9 +94,12 @@ def example_inputs(checkpoint: Checkpoint, inputs: Sequence[TensorShape], sides:
     drawn = []
     for port in inputs:
         shape = [sides[side] if isinstance(side, str) else side for side in port.shape]
-        if port.name == "input_ids":
+        if port.name == INPUT_IDS:
             tensor = torch.randint(0, vocabulary - 1, shape, generator=generator)
             tensor[:, shape[1] // 2 :] = min(ends.pop() if len(ends) == 1 else vocabulary - 1, vocabulary - 1)
+            tensor[0, 1], tensor[-1, 2] = vocabulary, vocabulary + sides["vectors"] - 1
+        elif port.name == CLIP_SKIP:
+            tensor = torch.linspace(0, checkpoint.clip_skip, shape[0])
         elif port.name == "timestep":
             tensor = torch.rand(shape, generator=generator) * 999
         elif port.name == "time_ids":

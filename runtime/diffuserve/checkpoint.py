@@ -17,6 +17,7 @@ from diffuserve.errors import InvalidArgumentError
 from diffuserve.first_latents import Given
 from diffuserve.images import image_from_pixels, mask_from_image, pixels_from_image, read_pictures, resized
 from diffuserve.manifest import Deployment, Manifest
+from diffuserve.prompts import EmbeddingFolder
 from diffuserve.request import DEFAULT_STRENGTH, RANDOM_SEED, GenerateRequest, ResolvedRequest
 from diffuserve.sampling import Trajectory, TrajectoryCompiler
 from diffuserve.snapshot import ImageState
@@ -31,17 +32,20 @@ _SEED_BOUND: Final = 2**32  # what the server draws stays readable, and exact in
 
 
 class Checkpoint:
-    """Loads what the loop needs of one checkpoint.
+    """Loads what the loop needs of one checkpoint. `embeddings` is the deployment's own folder unless it is given.
 
     Raises OSError or ValueError for a folder that is not whole, or that another version exported.
     """
 
-    def __init__(self, deployment: Deployment, name: str, runner: ComponentRunner) -> None:
+    def __init__(
+        self, deployment: Deployment, name: str, runner: ComponentRunner, embeddings: EmbeddingFolder | None = None
+    ) -> None:
         self.manifest: Manifest = deployment.manifest(name)
         self.name = name
         self._runner = runner
         #: What the UNet is told for requests.
-        self.condition = Conditioner(self.manifest, deployment.folder(name), runner)
+        folder = embeddings or EmbeddingFolder(deployment.embeddings)
+        self.condition = Conditioner(self.manifest, deployment.folder(name), runner, folder)
         self._compile = TrajectoryCompiler(self.manifest.scheduler)
         self._tells_masks = self.manifest.conditioning.sample == SAMPLE_INPAINT
 
@@ -52,7 +56,7 @@ class Checkpoint:
         """
         manifest = self.manifest
         width, height = request.width, request.height
-        image, mask = self._read(request)
+        image, mask = self._pictures(request)
         if image is not None:
             width, height = (
                 manifest.size.fit(side) if asked is None else asked
@@ -67,6 +71,7 @@ class Checkpoint:
         # As diffusers: a scale that the UNet is told takes the place of the second row.
         guided = guidance > 1 and not manifest.conditioning.guidance_embedding
         seed = secrets.randbelow(_SEED_BOUND) if request.seed == RANDOM_SEED else request.seed
+        self._check_clip_skip(request.clip_skip)
         resolved = ResolvedRequest(
             request=replace(request, seed=seed),
             checkpoint=self.name,
@@ -79,13 +84,13 @@ class Checkpoint:
             seed=seed,
             rows=2 if guided else 1,
         )
-        return self._fitted(resolved, image, mask)
+        return self._fitted(self.read(resolved), image, mask)
 
     def with_pictures(self, resolved: ResolvedRequest) -> ResolvedRequest:
         """The same with the pictures that its request still has. Raises InvalidArgumentError as `resolve` does."""
         return self._fitted(resolved, *read_pictures(resolved.request.init_image, resolved.request.mask_image))
 
-    def _read(self, request: GenerateRequest) -> tuple[Image.Image | None, Image.Image | None]:
+    def _pictures(self, request: GenerateRequest) -> tuple[Image.Image | None, Image.Image | None]:
         """The request's picture and mask, as large as they came."""
         if self._tells_masks and not request.mask_image:
             raise InvalidArgumentError(
@@ -114,6 +119,22 @@ class Checkpoint:
                 input="mask_image",
             )
         return replace(resolved, image=image, mask=mask)
+
+    def read(self, resolved: ResolvedRequest) -> ResolvedRequest:
+        """The same with its prompts as the text encoders read them. Raises InvalidArgumentError or UnsupportedError."""
+        reading = self.condition.read(resolved)
+        return replace(resolved, reading=reading, embeddings=reading.embeddings)
+
+    def _check_clip_skip(self, asked: int) -> None:
+        most = self.manifest.conditioning.clip_skip
+        if asked > most:
+            raise InvalidArgumentError(
+                f"clip_skip is {asked}, and the text encoders of {self.name} have {most} layers that can be left out; "
+                f"ask for at most {most}",
+                input="clip_skip",
+                value=asked,
+                maximum=most,
+            )
 
     def trajectory(self, resolved: ResolvedRequest) -> Trajectory:
         """The table of the request's sampler. Raises CompileError where there is none at these steps."""

@@ -5,155 +5,103 @@ No family is named here: the manifest has which inputs there are, and what they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 import torch
 
-from diffuserve.components import ComponentRunner, check_rows
+from diffuserve.components import ComponentRunner
 from diffuserve.engine import HIDDEN_STATES
-from diffuserve.manifest import Component, Manifest
-from diffuserve.prompt import PromptTokenizer
+from diffuserve.manifest import Manifest
+from diffuserve.prompts import EmbeddingFolder, PromptReader, Reading, Text
 from diffuserve.request import ResolvedRequest
-from diffuserve.spec import UNET
+from diffuserve.spec import CLIP_SKIP, EMBEDDINGS, INPUT_IDS, UNET
+from diffuserve.text_encoding import TextEncoder, WindowKey, emphasized
 
-__all__ = ["Conditioned", "Conditioner", "embedded_guidance"]
+__all__ = ["Conditioner", "embedded_guidance"]
 
 _TEXT_EMBEDS: Final = "text_embeds"
 _TIME_IDS: Final = "time_ids"
 _GUIDANCE: Final = "timestep_cond"
-_RECENT_BYTES: Final = 64 << 20  # of each text encoder: 270 prompts of SD1.5's
+_HIDDEN, _POOLED = "hidden_states", "pooled"
+_ENCODER_INPUTS: Final = {INPUT_IDS, CLIP_SKIP, EMBEDDINGS}
 
-
-@dataclass(frozen=True, slots=True)
-class Conditioned:
-    """What the UNet is told for one request, by input name [request.rows, ...] float32.
-
-    `tokens_cut` is how many tokens of the prompt did not fit.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    tokens_cut: int
-
-
-_Ids = tuple[int, ...]
-_Row = dict[str, torch.Tensor]
-
-
-class _Recent:
-    """The encodings of the texts that were asked for last: prompts are tried with many seeds, and negative prompts are
-    shared by many requests.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity, self._bytes = capacity, 0
-        self._rows: dict[_Ids, _Row] = {}
-
-    def of(self, wanted: Sequence[_Ids], encode: Callable[[Sequence[_Ids]], list[_Row]]) -> dict[_Ids, _Row]:
-        """The rows of the texts, each encoded once, in one call and only where it is not here."""
-        texts = list(dict.fromkeys(wanted))
-        missing = [ids for ids in texts if ids not in self._rows]
-        new = dict(zip(missing, encode(missing), strict=True)) if missing else {}
-        # Taken out only now: where encoding failed, what was here stays.
-        found = {ids: self._rows.pop(ids) for ids in texts if ids not in new}
-        self._rows |= found | new  # the newest last
-        self._bytes += sum(map(_bytes_of, new.values()))
-        while self._bytes > self._capacity:
-            self._bytes -= _bytes_of(self._rows.pop(next(iter(self._rows))))
-        return found | new
-
-
-def _bytes_of(row: _Row) -> int:
-    return sum(tensor.nbytes for tensor in row.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoder:
-    component: Component
-    tokenizer: PromptTokenizer
-    recent: _Recent
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """One encoder's outputs for some texts, by name [texts, ...] float32, and how many tokens each was cut by."""
-
-    outputs: dict[str, torch.Tensor]
-    tokens_cut: list[int]
+_Outputs = Mapping[WindowKey, Mapping[str, torch.Tensor]]
 
 
 class Conditioner:
     """Conditioning of one checkpoint. `folder` is the manifest's.
 
-    Raises OSError or ValueError where a tokenizer cannot be read, or where the UNet takes other inputs than the
-    manifest says how to make.
+    Raises OSError or ValueError where a tokenizer cannot be read, or where a component takes other inputs than are
+    made for it.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path, runner: ComponentRunner) -> None:
-        self._manifest, self._how, self._runner = manifest, manifest.conditioning, runner
+    def __init__(self, manifest: Manifest, folder: Path, runner: ComponentRunner, embeddings: EmbeddingFolder) -> None:
+        self._how = manifest.conditioning
         _check_inputs(manifest)
+        #: What the text encoders read of a request's prompts.
+        self.read = PromptReader(manifest, folder, embeddings)
+        size = manifest.size.opt
         self._encoders = {
-            one.component: _Encoder(
+            one.component: TextEncoder(
                 manifest.components[one.component],
-                PromptTokenizer(folder / one.tokenizer, manifest.token_limit),
-                _Recent(_RECENT_BYTES),
+                runner,
+                (_HIDDEN, _POOLED) if one.component == self._how.text_embeds else (_HIDDEN,),
+                one.vocabulary,
+                manifest.max_rows(one.component, size, size),
             )
             for one in self._how.encoders
         }
 
-    def max_texts(self, width: int, height: int) -> int:
-        """How many prompts every text encoder takes in one call."""
-        return min(self._manifest.max_rows(name, width, height) for name in self._encoders)
+    @property
+    def max_windows(self) -> int:
+        """How many windows of prompts every text encoder takes in one call."""
+        return min(one.max_rows for one in self._encoders.values())
 
-    def __call__(self, requests: Sequence[ResolvedRequest], trace: object | None = None) -> list[Conditioned]:
-        """What the UNet is told for each of `requests`, whose texts are encoded together."""
-        texts = [text for request in requests for text in self._texts(request)]
-        encoded = {name: self._encode(name, texts, trace) for name in self._encoders}
-        inputs = {HIDDEN_STATES: torch.cat([one.outputs["hidden_states"] for one in encoded.values()], dim=-1)}
-        if self._how.text_embeds:
-            inputs[_TEXT_EMBEDS] = encoded[self._how.text_embeds].outputs["pooled"]
-        told, first = [], 0
-        for request in requests:
-            rows = slice(first, first + request.rows)
-            # Copies: a request that runs for long must not keep the others' rows.
-            own = {name: tensor[rows].clone() for name, tensor in inputs.items()}
-            own |= {name: row.expand(request.rows, -1) for name, row in self._further(request)}
-            told.append(Conditioned(own, max(one.tokens_cut[first] for one in encoded.values())))
-            first = rows.stop
+    def __call__(
+        self, requests: Sequence[ResolvedRequest], trace: object | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """What the UNet is told for each of `requests`, by input name [request.rows, ...] float32.
+
+        Their prompts, which were read when they came, are encoded together.
+        """
+        readings: list[Reading] = [request.reading for request in requests]
+        outputs = {name: self._encode(name, readings, trace) for name in self._encoders}
+        told = []
+        for request, reading in zip(requests, readings, strict=True):
+            hidden = [self._hidden(outputs, text) for text in reading.rows]
+            inputs = {HIDDEN_STATES: _stacked(hidden)}
+            if self._how.text_embeds:
+                pooled = [self._pooled(outputs, text) for text in reading.rows]
+                inputs[_TEXT_EMBEDS] = _stacked(pooled)
+            inputs |= {name: row.expand(request.rows, -1) for name, row in self._further(request)}
+            told.append(inputs)
         return told
 
-    def _texts(self, request: ResolvedRequest) -> list[str | None]:
-        """What each of the request's rows is told; None stands for zeros instead of an encoding."""
-        negative = request.request.negative_prompt
-        no_text = not negative and self._how.zero_empty_negative
-        return [request.request.prompt, None if no_text else negative][: request.rows]
+    def _encode(self, name: str, readings: Sequence[Reading], trace: object | None) -> _Outputs:
+        """One encoder's answers to every window of all texts."""
+        texts = [text for reading in readings for text in reading.rows if text is not None]
+        vectors = dict(chain.from_iterable(reading.vectors[name].items() for reading in readings))
+        return self._encoders[name]([key for text in texts for key in _keys(text, name)], vectors, trace)
 
-    def _encode(self, name: str, texts: Sequence[str | None], trace: object | None) -> _Encoded:
-        encoder = self._encoders[name]
-        read = [None if text is None else encoder.tokenizer(text) for text in texts]
-        ids = [None if one is None else tuple(one.ids[0].tolist()) for one in read]
-        rows = encoder.recent.of([one for one in ids if one is not None], partial(self._run, name, trace))
-        wanted = next(iter(rows.values()))  # a prompt is always encoded
-        outputs = {
-            output: torch.stack([torch.zeros_like(row) if one is None else rows[one][output] for one in ids])
-            for output, row in wanted.items()
-        }
-        return _Encoded(outputs, [0 if one is None else one.tokens_cut for one in read])
+    def _hidden(self, outputs: Mapping[str, _Outputs], text: Text | None) -> torch.Tensor | None:
+        """A text's windows end to end, its encoders side by side: [77 * chunks, D]."""
+        if text is None:
+            return None
+        of_encoders = []
+        for name, answers in outputs.items():
+            windows = zip(_keys(text, name), text.windows[name], strict=True)
+            of_encoders.append(
+                torch.cat([emphasized(answers[key][_HIDDEN], window.weights) for key, window in windows])
+            )
+        return torch.cat(of_encoders, dim=-1)
 
-    def _run(self, name: str, trace: object | None, ids: Sequence[_Ids]) -> list[_Row]:
-        """An encoder's outputs for each of `ids`, float32 without the row's dimension."""
-        component = self._encoders[name].component
-        outputs = self._runner.run(component, {"input_ids": torch.tensor(ids, dtype=torch.int32)}, trace=trace)
-        wanted = ("hidden_states", "pooled") if name == self._how.text_embeds else ("hidden_states",)
-        of_texts = {one: check_rows(component, outputs[one], len(ids)) for one in wanted}
-        # Copies, each on its own: rows are kept, and the component's memory is lent.
-        return [
-            {one: tensor[row].to(torch.float32, copy=True) for one, tensor in of_texts.items()}
-            for row in range(len(ids))
-        ]
+    def _pooled(self, outputs: Mapping[str, _Outputs], text: Text | None) -> torch.Tensor | None:
+        """Of a text's first window, as A1111; its weights have no part in it."""
+        name = self._how.text_embeds
+        return None if text is None or name is None else outputs[name][_keys(text, name)[0]][_POOLED]
 
     def _further(self, request: ResolvedRequest) -> Iterator[tuple[str, torch.Tensor]]:
         """The inputs that no text has a part in: one row [1, ...] float32 for all of the request's."""
@@ -178,8 +126,25 @@ def embedded_guidance(scale: float, width: int) -> torch.Tensor:
     return torch.cat([waves.sin(), waves.cos(), torch.zeros(1, width % 2)], dim=1)
 
 
+def _keys(text: Text, encoder: str) -> list[WindowKey]:
+    return [WindowKey(window.ids, text.clip_skip) for window in text.windows[encoder]]
+
+
+def _stacked(rows: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    """A copy of a request's rows, with zeros for None: one that runs for long must not keep what others share."""
+    given = next(row for row in rows if row is not None)  # a prompt is always encoded
+    return torch.stack([torch.zeros_like(given) if row is None else row for row in rows])
+
+
 def _check_inputs(manifest: Manifest) -> None:
     how = manifest.conditioning
+    for encoder in how.encoders:
+        found = {one.name for one in manifest.components[encoder.component].inputs}
+        if found != _ENCODER_INPUTS:
+            raise ValueError(
+                f"{encoder.component} of {manifest.name} takes {', '.join(sorted(found)) or 'nothing'}, and is given "
+                f"{', '.join(sorted(_ENCODER_INPUTS))}; export it again with this version"
+            )
     made = {
         "sample": True,
         "timestep": True,

@@ -54,7 +54,6 @@ class Job:
         self.eta = Eta(0.0, 0.0)
         self.tracks: tuple[Track, ...] = ()
         self.ready_at = self.stepped_at = 0.0
-        self.tokens_cut = 0
         self._reply = reply
         self._left = len(beginning.images)
         self._pictured: set[int] = set()
@@ -121,7 +120,7 @@ class Job:
             "queued_s": round(track.started_at - self.accepted_at, 4),
             "run_s": round(time.monotonic() - track.started_at, 4),
             "eta_s": round(self.eta.seconds, 4),
-            "prompt_tokens_cut": self.tokens_cut,
+            "prompt_chunks": self.resolved.reading.chunks,
         }
         if track.steps_before:
             info["resumed_at_step"] = track.steps_before

@@ -4,6 +4,7 @@
 <deployment>/checkpoints/<name>/manifest.json    one Manifest
 <deployment>/checkpoints/<name>/tokenizer*.json  as the `tokenizers` library reads it
 <deployment>/models/<triton model>/              component models
+<deployment>/embeddings/                         textual inversions, which no export makes
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from diffuserve.profiles import EngineFacts, Range
-from diffuserve.spec import DEFAULT_STEPS, VAE_COMPONENTS
+from diffuserve.spec import DEFAULT_STEPS, MOST_CLIP_SKIP, PROMPT_CHUNKS, VAE_COMPONENTS
 
 __all__ = [
     "FORMAT_VERSION",
@@ -90,10 +91,16 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """A text encoder: its component, and the file beside the manifest that reads prompts for it."""
+    """A text encoder: its component, and the file beside the manifest that reads prompts for it.
+
+    Token ids from `vocabulary` on are of the component's input `embeddings`. `embedding_key` is what files of textual
+    inversion call its vectors; "" where their only tensor is meant.
+    """
 
     component: str
     tokenizer: str
+    vocabulary: int = 49408  # CLIP's
+    embedding_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +118,9 @@ class Conditioning:
                          request always takes one row, and its guidance scale s is embedded: with w = 1000 (s - 1) and
                          n = guidance_embedding // 2, f[i] = 10000 ** (-i / (n - 1)), the row is
                          sin(w f[0..n-1]), cos(w f[0..n-1]), and a zero where guidance_embedding is odd
+    chunks               how many windows of `token_limit` tokens a prompt may have, ascending: `encoder_hidden_states`
+                         has at most the last count's, whichever share a call
+    clip_skip            the most layers of the text encoders that a request may leave out
     """
 
     encoders: tuple[Encoder, ...] = (Encoder("text_encoder", "tokenizer.json"),)
@@ -119,6 +129,8 @@ class Conditioning:
     zero_empty_negative: bool = False
     sample: tuple[str, ...] = ("latents",)
     guidance_embedding: int = 0
+    chunks: tuple[int, ...] = PROMPT_CHUNKS
+    clip_skip: int = MOST_CLIP_SKIP
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +234,8 @@ def _quantization(raw: dict[str, Any]) -> Quantization:
 
 def _conditioning(raw: dict[str, Any]) -> Conditioning:
     encoders = tuple(Encoder(**one) for one in raw["encoders"])
-    return Conditioning(
-        **{**raw, "encoders": encoders, "time_ids": tuple(raw["time_ids"]), "sample": tuple(raw["sample"])}
-    )
+    lists = {name: tuple(raw[name]) for name in ("time_ids", "sample", "chunks")}
+    return Conditioning(**{**raw, **lists, "encoders": encoders})
 
 
 def _tensor(raw: dict[str, Any]) -> TensorShape:
@@ -243,6 +254,11 @@ class Deployment:
     @property
     def models(self) -> Path:
         return self.root / "models"
+
+    @property
+    def embeddings(self) -> Path:
+        """Where textual inversions are looked for, unless another folder is given to the server."""
+        return self.root / "embeddings"
 
     def folder(self, checkpoint: str) -> Path:
         return self.root / "checkpoints" / checkpoint

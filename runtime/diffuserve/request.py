@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
 from diffuserve.errors import InvalidArgumentError
+from diffuserve.spec import MOST_CLIP_SKIP
 
 __all__ = [
     "DEFAULT_STRENGTH",
@@ -21,6 +22,7 @@ __all__ = [
     "MAX_PROMPT_BYTES",
     "MAX_SEED",
     "MIN_HEARTBEAT_MS",
+    "PROMPT_SYNTAXES",
     "RANDOM_SEED",
     "Event",
     "EventKind",
@@ -37,6 +39,7 @@ MIN_HEARTBEAT_MS: Final = 1000
 DEFAULT_STRENGTH: Final = 0.8  # as in the protocol; also of diffusers' image-to-image
 MAX_SEED: Final = 2**63 - 1
 RANDOM_SEED: Final = -1
+PROMPT_SYNTAXES: Final = ("plain", "a1111")
 IMAGE_FORMATS: Final = ("png", "jpeg", "webp")
 IMAGE_ENCODINGS: Final = ("binary", "base64")
 
@@ -111,8 +114,9 @@ def _check_text(name: str, value: str, limit: int) -> None:
 class GenerateRequest:
     """One request for pictures. None means: the checkpoint's own value.
 
-    `init_image` is an encoded picture to begin with, or none, and `strength` how much of it is made anew; `mask_image`,
-    an encoded picture of its size, or none, is white where that happens and black where it is kept.
+    `clip_skip` counts the text encoders' last layers that are left out; `prompt_syntax` says what brackets in both
+    prompts mean. `init_image` is an encoded picture to begin with, or none, and `strength` how much of it is made anew;
+    `mask_image`, an encoded picture of its size, or none, is white where that happens and black where it is kept.
     `resume` is a snapshot's bytes, or none; with one, everything but how it is answered is the snapshot's.
 
     Raises InvalidArgumentError with the value, the limit and the remedy.
@@ -120,6 +124,8 @@ class GenerateRequest:
 
     prompt: str
     negative_prompt: str = ""
+    prompt_syntax: str = "plain"
+    clip_skip: int = 0
     checkpoint: str | None = None
     width: int | None = None
     height: int | None = None
@@ -150,7 +156,9 @@ class GenerateRequest:
         _check_text("negative_prompt", self.negative_prompt, MAX_PROMPT_BYTES)
         for name in ("checkpoint", "sampler", "sigma_schedule", "client_tag"):
             _check_text(name, getattr(self, name) or "", MAX_NAME_BYTES)
+        _check_choice("prompt_syntax", self.prompt_syntax, PROMPT_SYNTAXES)
         for name in (
+            "clip_skip",
             "num_images",
             "seed",
             "progress_every",
@@ -163,6 +171,7 @@ class GenerateRequest:
         for name in ("width", "height", "steps"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
+        _check_range("clip_skip", self.clip_skip, 0, MOST_CLIP_SKIP, "0 leaves out no layer")
         if self.steps is not None:
             _check_range("steps", self.steps, 1, 150)
         if self.guidance_scale is not None:
@@ -240,7 +249,9 @@ class ResolvedRequest:
     """A request with nothing left to default: what `info` reports, and what makes the same picture again.
 
     `rows` is how many rows each of its images has in a UNet call: with guidance 2, the prompt's and the negative
-    prompt's. `image` and `mask` are the decoded `init_image` and `mask_image`, PIL pictures of this size, or None.
+    prompt's. `embeddings` are the textual inversions in its prompts, as name:digest. `image` and `mask` are the decoded
+    `init_image` and `mask_image`, PIL pictures of this size, or None; `reading` is a prompts.Reading, what the text
+    encoders read.
     """
 
     request: GenerateRequest
@@ -253,8 +264,10 @@ class ResolvedRequest:
     sigma_schedule: str | None
     seed: int
     rows: int
+    embeddings: tuple[str, ...] = ()
     image: Any = None
     mask: Any = None
+    reading: Any = None
 
     @property
     def eta(self) -> float:
@@ -276,6 +289,7 @@ class ResolvedRequest:
             "guidance_scale": self.guidance_scale,
             "sampler": self.sampler,
             "sigma_schedule": self.sigma_schedule,
+            "embeddings": list(self.embeddings),
             "seed": self.seed + index,
             "num_images": 1,
         }

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -40,6 +41,7 @@ from diffuserve.images import encode_image, image_from_pixels
 from diffuserve.job import Job, Reply
 from diffuserve.manifest import Deployment
 from diffuserve.previews import Previews
+from diffuserve.prompts import EmbeddingFolder
 from diffuserve.request import GenerateRequest
 from diffuserve.snapshot import ImageState, Snapshot, decode_snapshot, encode_snapshot
 from diffuserve.spec import UNET
@@ -62,6 +64,7 @@ class DiffusionService:
     calibrate   measure the UNets' costs whenever the loop is idle, until they are known
     key         what snapshots are signed with; servers that hand over to each other have the same
     device      where latents live: the engines' own
+    embeddings  the folder of textual inversions; without one, that of the deployment
     """
 
     def __init__(
@@ -75,9 +78,11 @@ class DiffusionService:
         key: bytes = b"",
         device: torch.device | None = None,
         target_step: float | None = None,
+        embeddings: Path | None = None,
     ) -> None:
         self._telemetry = telemetry or Telemetry()
-        self._checkpoints = {name: Checkpoint(deployment, name, runner) for name in deployment.checkpoints}
+        folder = EmbeddingFolder(embeddings or deployment.embeddings)
+        self._checkpoints = {name: Checkpoint(deployment, name, runner, folder) for name in deployment.checkpoints}
         self._default = deployment.checkpoints[0]
         self._policy = policy or StepPolicy(
             costs=StepCosts(), max_rows=self.max_rows, row_buckets=self.row_buckets, target_step=target_step
@@ -191,8 +196,17 @@ class DiffusionService:
                 input="resume",
             )
         checkpoint.check_states(resolved, snapshot.images)
-        resolved = checkpoint.with_pictures(replace(resolved, request=resolved.request.answered_as(request)))
-        return replace(snapshot, resolved=resolved)
+        read = checkpoint.read(resolved)
+        if read.embeddings != resolved.embeddings:
+            raise InvalidArgumentError(
+                f"the snapshot's prompts were read with the embeddings {', '.join(resolved.embeddings) or 'none'}, and "
+                f"here with {', '.join(read.embeddings) or 'none'}; give servers that hand over to each other the same",
+                input="resume",
+            )
+        return replace(
+            snapshot,
+            resolved=checkpoint.with_pictures(replace(read, request=resolved.request.answered_as(request))),
+        )
 
     def _checkpoint(self, name: str | None) -> Checkpoint:
         checkpoint = self._checkpoints.get(name or self._default)
@@ -246,8 +260,7 @@ class DiffusionService:
                 self._guarded(job, partial(_raise, error))
             return
         for job, one in zip(batch, told, strict=True):
-            job.tokens_cut = one.tokens_cut
-            self._guarded(job, partial(self._join, checkpoint, job, one.inputs))
+            self._guarded(job, partial(self._join, checkpoint, job, one))
 
     def _take_unprepared(self) -> list[Job]:
         """The most urgent request and others of its checkpoint, as many as the text encoders take in one call."""
@@ -255,13 +268,13 @@ class DiffusionService:
             if not self._unprepared:
                 return []
             waiting = sorted(self._unprepared, key=lambda job: job.urgency)
-            first, rows, taken = waiting[0].resolved, 0, list[Job]()
-            condition = self._checkpoints[first.checkpoint].condition
-            most = max(2, condition.max_texts(first.width, first.height))
+            name, windows, taken = waiting[0].resolved.checkpoint, 0, list[Job]()
+            most = self._checkpoints[name].condition.max_windows
             for job in waiting:
-                if job.resolved.checkpoint == first.checkpoint and rows + job.resolved.rows <= most:
+                needed = job.resolved.rows * job.resolved.reading.chunks
+                if job.resolved.checkpoint == name and (not taken or windows + needed <= most):
                     taken.append(job)
-                    rows += job.resolved.rows
+                    windows += needed
             self._unprepared = [job for job in self._unprepared if job not in taken]
             return taken
 
@@ -326,6 +339,7 @@ class DiffusionService:
             predict_every=resolved.request.preview_every,
             masked=state.masked,
             conditioning=conditioning,
+            chunks=resolved.reading.chunks,
             generator=generator,
             priority=resolved.request.priority,
             tag=resolved.request.client_tag,
@@ -360,7 +374,8 @@ def _demands(beginning: Snapshot) -> list[Demand]:
     resolved = beginning.resolved
     group, priority = Group(resolved.checkpoint, resolved.height, resolved.width), resolved.request.priority
     last = beginning.first + beginning.trajectory.evaluations
-    return [Demand(group, resolved.rows, last - image.evaluation, priority) for image in beginning.images]
+    chunks = resolved.reading.chunks
+    return [Demand(group, resolved.rows, last - image.evaluation, priority, chunks) for image in beginning.images]
 
 
 def _raise(error: Exception) -> None:

@@ -171,7 +171,7 @@ def _facts(snapshot: Snapshot) -> bytes:
     resolved = {
         one.name: getattr(snapshot.resolved, one.name)
         for one in fields(snapshot.resolved)
-        if one.name not in ("image", "mask")
+        if one.name not in ("image", "mask", "reading")
     }
     facts = {
         "resolved": {**resolved, "request": snapshot.resolved.request.parameters()},
@@ -213,7 +213,8 @@ def _table(content: bytes, about: Mapping[str, Any]) -> Trajectory:
 def _snapshot(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Snapshot:
     pictures: dict[str, Any] = {name: tensors[name].numpy().tobytes() for name in _PICTURES if name in tensors}
     request = GenerateRequest(**facts["resolved"]["request"], **pictures)
-    resolved = ResolvedRequest(**{**facts["resolved"], "request": request})
+    embeddings = tuple(facts["resolved"]["embeddings"])
+    resolved = ResolvedRequest(**{**facts["resolved"], "request": request, "embeddings": embeddings})
     table = _table(_unpacked(tensors["table"], _MAX_TABLE_BYTES), facts["table"])
     first, images = int(facts["first"]), []
     for index, evaluation, steps, draws in facts["images"]:

@@ -7,14 +7,19 @@ from dataclasses import dataclass, field
 from typing import Final
 
 __all__ = [
+    "CLIP_SKIP",
     "COMPONENTS",
     "DEFAULT_STEPS",
     "EMBEDDED_GUIDANCE_SCALE",
+    "EMBEDDINGS",
     "FAMILIES",
     "FEW_STEPS",
+    "INPUT_IDS",
     "LATENTS",
+    "MOST_CLIP_SKIP",
     "PIXELS",
     "PREVIEW_DECODER",
+    "PROMPT_CHUNKS",
     "SAMPLE_INPAINT",
     "SAMPLE_LATENTS",
     "TARGET_DEVICES",
@@ -42,6 +47,20 @@ VAE_COMPONENTS: Final = (VAE_DECODER, VAE_ENCODER, PREVIEW_DECODER)
 # Names of the tensors that the loop, the export and the component models agree on.
 LATENTS: Final = "latents"
 PIXELS: Final = "pixels"
+INPUT_IDS: Final = "input_ids"
+CLIP_SKIP: Final = "clip_skip"
+EMBEDDINGS: Final = "embeddings"
+
+# How many of a text encoder's windows (77 tokens: 75 and two marks) a prompt may take; one of another count is filled
+# up with empty ones. Rows of a call are brought to one length by repeating whole prompts, to the least common multiple
+# of what is in it. All of these divide 6, so no company makes a call longer than 462 tokens, the longest prompt's own,
+# and prompts of up to 225 tokens are never filled up. A UNet's arithmetic at six windows is 1.04 times that at one
+# (SD1.5 at 512 pixels; SDXL at 1024: 1.06), which is less than calls that share fewer rows would cost: so prompts of
+# all lengths share calls. Powers of two would fill up prompts of three windows, and four beside three would make calls
+# of twelve.
+PROMPT_CHUNKS: Final = (1, 2, 3, 6)
+# The most layers of a text encoder that a request may leave out; a checkpoint with fewer layers allows fewer.
+MOST_CLIP_SKIP: Final = 12
 
 # What the channels of the UNet's `sample` are, in order: `mask` is one channel, the others as many as the latents.
 SAMPLE_LATENTS: Final = (LATENTS,)
@@ -68,7 +87,9 @@ class Family:
     encoders         its text encoders. The UNet gets their `hidden_states` side by side, in this order
     encoder_classes  the transformers class of each
     hidden_layer     which `hidden_states` the UNet gets: -1 the last, after the final layer norm; -2 the one before,
-                     as it is
+                     as it is. A request's `clip_skip` counts from there
+    embedding_keys   what files of textual inversion call each encoder's vectors; none where there is one encoder, and
+                     the file's only tensor is meant
     sample           what the UNet's `sample` is made of, channel after channel: SAMPLE_LATENTS or SAMPLE_INPAINT
     text_embeds      the encoder whose `pooled` is the UNet's `text_embeds`, "" for none
     time_ids         the UNet's `time_ids`: numbers, or the name of a side of the picture in pixels
@@ -86,6 +107,7 @@ class Family:
     encoders: tuple[str, ...] = (TEXT_ENCODER,)
     encoder_classes: tuple[str, ...] = ("CLIPTextModel",)
     hidden_layer: int = -1
+    embedding_keys: tuple[str, ...] = ("",)
     sample: tuple[str, ...] = SAMPLE_LATENTS
     text_embeds: str = ""
     time_ids: tuple[int | str, ...] = ()
@@ -144,6 +166,7 @@ def _sdxl(name: str, signature: Mapping[str, object], sample: tuple[str, ...]) -
         encoders=(TEXT_ENCODER, TEXT_ENCODER_2),
         encoder_classes=("CLIPTextModel", "CLIPTextModelWithProjection"),
         hidden_layer=-2,
+        embedding_keys=("clip_l", "clip_g"),
         sample=sample,
         text_embeds=TEXT_ENCODER_2,
         time_ids=("height", "width", 0, 0, "height", "width"),

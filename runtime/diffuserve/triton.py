@@ -36,6 +36,7 @@ from diffuserve.telemetry import Fanout, Telemetry
 __all__ = [
     "CALL_LOG_VARIABLE",
     "DEPLOYMENT_VARIABLE",
+    "EMBEDDINGS_VARIABLE",
     "LOG_LEVEL_VARIABLE",
     "SNAPSHOT_KEY_VARIABLE",
     "TARGET_STEP_VARIABLE",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 DEPLOYMENT_VARIABLE: Final = "DIFFUSERVE_DEPLOYMENT"
+EMBEDDINGS_VARIABLE: Final = "DIFFUSERVE_EMBEDDINGS"  # a folder of textual inversions instead of the deployment's
 CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each component call to, for benches
 LOG_LEVEL_VARIABLE: Final = "DIFFUSERVE_LOG_LEVEL"
 SNAPSHOT_KEY_VARIABLE: Final = "DIFFUSERVE_SNAPSHOT_KEY"  # what snapshots are signed with; without it, one of its own
@@ -258,6 +260,12 @@ class TritonReply:
         self._watch.discard(self)
 
 
+def _folder(variable: str) -> Path | None:
+    """The folder that an environment variable names; None where it is not set."""
+    text = os.environ.get(variable, "")
+    return Path(text) if text else None
+
+
 def _milliseconds(variable: str) -> float | None:
     """The seconds that an environment variable names in milliseconds; None where it is not set."""
     text = os.environ.get(variable, "")
@@ -301,6 +309,7 @@ class DiffusionModel:
             target_step=_milliseconds(TARGET_STEP_VARIABLE),
             device=device,
             key=os.environ.get(SNAPSHOT_KEY_VARIABLE, "").encode(),
+            embeddings=_folder(EMBEDDINGS_VARIABLE),
         )
         self._admission = Admission(self._service.submit, self._refuse)
         self._token = os.environ.get(TOKEN_VARIABLE, "").encode()

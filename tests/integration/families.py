@@ -47,7 +47,10 @@ def _sd21(folder: Path) -> None:
     (folder / "diffuserve.json").unlink()
     made = random_pipeline("sd21")
     config = CLIPTextConfig(**{**made.text_encoder.config.to_dict(), "hidden_size": 64})
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    encoder = CLIPTextModel(config)
+    # As in trained ones: without it the mean of the hidden states, which weights on words restore, would be zero.
+    torch.nn.init.normal_(encoder.final_layer_norm.bias)
+    encoder.save_pretrained(folder / "text_encoder")
     made.tokenizer.save_pretrained(folder / "tokenizer")
     _set_scheduler(folder, _config(made.scheduler))
 
@@ -209,8 +212,8 @@ def _shared_graphs(shapes: Path, store: Path) -> Callable[..., Graph]:
 
 def _identity(checkpoint: Checkpoint, component: str, precision: str) -> tuple[str, ...]:
     part = checkpoint.parts[part_of(component)]
-    layer = checkpoint.family.hidden_layer if component in checkpoint.family.encoders else 0
+    layers = (checkpoint.family.hidden_layer, checkpoint.clip_skip) if component in checkpoint.family.encoders else ()
     digest = hashlib.sha256(json.dumps(dict(part.config), sort_keys=True).encode())
     for file in part.files:
         digest.update(file.read_bytes())
-    return component, precision, str(layer), digest.hexdigest()
+    return component, precision, str(layers), digest.hexdigest()

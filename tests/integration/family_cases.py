@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
-from typing import Any
+from typing import Any, Protocol
 
 import diffusers
 import numpy as np
@@ -145,17 +145,27 @@ class Watched:
         return model if checkpoint == name else run
 
 
+class Asked(Protocol):
+    """A case: the checkpoint and what it is asked for. Hashable."""
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def request(self) -> GenerateRequest: ...
+
+
 @dataclass
 class Served:
     """Pictures and what was told of them; and of each checkpoint's UNet the rows and types that it was called with."""
 
     rows: dict[str, list[int]]
     types: dict[str, dict[str, torch.dtype]]
-    pictures: dict[Case, Any] = field(default_factory=dict)
-    infos: dict[Case, dict[str, Any]] = field(default_factory=dict)
+    pictures: dict[Any, Any] = field(default_factory=dict)
+    infos: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
 
-def serve(deployment: Deployment, models: Models, cases: Sequence[Case] = CASES) -> Served:
+def serve(deployment: Deployment, models: Models, cases: Sequence[Asked] = CASES) -> Served:
     """All cases of the deployment's checkpoints at once, through one service: they join before the second step."""
     watched = Watched(models)
     policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 64, efficiency=None, brisk=None)

@@ -45,6 +45,18 @@ def rtx_deployment() -> Path:
     return out
 
 
+def test_text_encoders_are_built_with_their_own_layers_and_vectors(rtx_deployment: Path) -> None:
+    manifest = Deployment.load(rtx_deployment).manifest("rtx")
+    encoder = manifest.components["text_encoder"]
+    assert [one.name for one in encoder.inputs] == ["input_ids", "clip_skip", "embeddings"]
+    assert encoder.engine is not None
+    (profile,) = encoder.engine.profiles
+    assert {name: side.max for name, side in profile.sides.items()} == {"rows": 64, "vectors": 64 * 75}
+    unet = manifest.components[UNET].engine
+    assert unet is not None
+    assert {one.sides["tokens"].max for one in unet.profiles} == {6 * 77}
+
+
 def graphs(deployment: Path) -> dict[str, Path]:
     components = Deployment.load(deployment).manifest("shapes").components
     return {name: deployment / "models" / one.model / "1" / "model.onnx" for name, one in components.items()}

@@ -38,8 +38,15 @@ UNET_INPUTS = (
 )
 
 
+ENCODER_INPUTS = (
+    TensorShape("input_ids", "INT32", ("rows", 77)),
+    TensorShape("clip_skip", "INT32", ("rows",)),
+    TensorShape("embeddings", "FP32", ("vectors", 1)),
+)
+
+
 def component(name: str) -> Component:
-    inputs = UNET_INPUTS if name == "unet" else ()
+    inputs = UNET_INPUTS if name == "unet" else ENCODER_INPUTS if name.startswith("text_encoder") else ()
     return Component(model=name, inputs=inputs, outputs=(), sha256="0" * 64, bytes=0)
 
 

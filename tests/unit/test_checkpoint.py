@@ -101,7 +101,9 @@ def test_large_pictures_go_through_the_autoencoder_in_tiles(tmp_path: Path) -> N
     calls.clear()
     file = BytesIO()
     image_from_pixels(expected).save(file, "PNG")
-    mean, deviation = checkpoint.encode(checkpoint.resolve(ask(init_image=file.getvalue())))
+    given = checkpoint.encode(checkpoint.resolve(ask(init_image=file.getvalue()))).picture
+    assert given is not None
+    mean, deviation = given
     assert torch.allclose(mean[:3], latents[:3].tanh(), atol=0.01)
     assert not deviation.any()
     assert calls == [(5, 3, 64, 64), (5, 3, 64, 64), (2, 3, 64, 64)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
 
-from diffuserve import conditioning
+from diffuserve import text_encoding
 from diffuserve.checkpoint import Checkpoint
 from diffuserve.components import InProcessRunner, cast_inputs
 from diffuserve.conditioning import embedded_guidance
@@ -95,7 +95,7 @@ def ask(prompt: str = "red", **values: Any) -> GenerateRequest:
 def test_encoders_stand_side_by_side_each_with_its_own_tokenizer(tmp_path: Path, models: Models) -> None:
     checkpoint = models.checkpoint(tmp_path, LARGE, TEXT_EMBEDS, TIME_IDS)
     (told,) = checkpoint.condition([checkpoint.resolve(ask(negative_prompt="blue"))])
-    hidden = told.inputs["encoder_hidden_states"]
+    hidden = told["encoder_hidden_states"]
     assert (hidden.shape, hidden.dtype) == ((2, 77, 3), torch.float32)
     assert hidden[0, :, 0].tolist() == models.read["text_encoder"][0][0]
     red, blue = models.read["text_encoder_2"][0]
@@ -103,7 +103,7 @@ def test_encoders_stand_side_by_side_each_with_its_own_tokenizer(tmp_path: Path,
     # "red" and its two marks, then padding: the end again, and `!`.
     assert set(hidden[0, 3:, 0].tolist()) == {49407}
     assert set(hidden[0, 3:, 1].tolist()) == {0}
-    embeds = told.inputs["text_embeds"]
+    embeds = told["text_embeds"]
     assert (embeds.tolist(), embeds.dtype) == ([[red[1]] * 3, [blue[1]] * 3], torch.float32)
 
 
@@ -111,9 +111,9 @@ def test_times_are_the_pictures_height_and_width(tmp_path: Path, models: Models)
     checkpoint = models.checkpoint(tmp_path, LARGE, TEXT_EMBEDS, TIME_IDS)
     requests = [ask(width=96, height=48), ask(guidance_scale=1.0)]
     wide, single = checkpoint.condition([checkpoint.resolve(one) for one in requests])
-    assert wide.inputs["time_ids"].tolist() == [[48, 96, 0, 0, 48, 96]] * 2
-    assert single.inputs["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
-    assert wide.inputs["time_ids"].dtype == torch.float32
+    assert wide["time_ids"].tolist() == [[48, 96, 0, 0, 48, 96]] * 2
+    assert single["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]]
+    assert wide["time_ids"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(("negative", "zeros"), [("", True), (" ", False), ("blue", False)])
@@ -122,16 +122,16 @@ def test_an_empty_negative_prompt_is_zeros(tmp_path: Path, models: Models, negat
     # An empty prompt is no negative prompt: it is encoded.
     (told,) = checkpoint.condition([checkpoint.resolve(ask("", negative_prompt=negative))])
     for name in ("encoder_hidden_states", "text_embeds"):
-        assert told.inputs[name][0].any()
-        assert bool(told.inputs[name][1].any()) != zeros
-    assert told.inputs["time_ids"][0].tolist() == told.inputs["time_ids"][1].tolist()
+        assert told[name][0].any()
+        assert bool(told[name][1].any()) != zeros
+    assert told["time_ids"][0].tolist() == told["time_ids"][1].tolist()
 
 
 def test_where_the_manifest_does_not_say_so_it_is_encoded(tmp_path: Path, models: Models) -> None:
     how = replace(LARGE, zero_empty_negative=False)
     checkpoint = models.checkpoint(tmp_path, how, TEXT_EMBEDS, TIME_IDS)
     (told,) = checkpoint.condition([checkpoint.resolve(ask())])
-    assert told.inputs["encoder_hidden_states"][1, 0].tolist() == [49406, -49406, -49406]
+    assert told["encoder_hidden_states"][1, 0].tolist() == [49406, -49406, -49406]
 
 
 def test_each_text_is_encoded_once_for_all_requests(tmp_path: Path, models: Models) -> None:
@@ -149,18 +149,18 @@ def test_each_text_is_encoded_once_for_all_requests(tmp_path: Path, models: Mode
     assert [len(calls[0]) for calls in models.read.values()] == [3, 3]
     for request, told in zip(requests, together, strict=True):
         (alone,) = checkpoint.condition([request])
-        assert told.inputs.keys() == alone.inputs.keys()
-        assert all(torch.equal(told.inputs[name], alone.inputs[name]) for name in told.inputs)
-        assert {len(one) for one in told.inputs.values()} == {request.rows}
+        assert told.keys() == alone.keys()
+        assert all(torch.equal(told[name], alone[name]) for name in told)
+        assert {len(one) for one in told.values()} == {request.rows}
     # A request holds its own rows and no one else's.
-    hidden = together[0].inputs["encoder_hidden_states"]
+    hidden = together[0]["encoder_hidden_states"]
     assert hidden.untyped_storage().nbytes() == hidden.numel() * 4
 
 
 def test_texts_that_came_lately_are_not_encoded_again(
     tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conditioning, "_RECENT_BYTES", 3 * 77 * 4)  # three texts of the first encoder's single channel
+    monkeypatch.setattr(text_encoding, "_RECENT_BYTES", 3 * 77 * 4)  # three texts of the first encoder's single channel
     checkpoint = models.checkpoint(tmp_path, replace(LARGE, zero_empty_negative=False), TEXT_EMBEDS, TIME_IDS)
 
     def texts_read(*asked: GenerateRequest) -> int:
@@ -180,22 +180,30 @@ def test_texts_that_came_lately_are_not_encoded_again(
 
 def test_an_encoder_that_fails_loses_nothing(tmp_path: Path, models: Models) -> None:
     checkpoint = models.checkpoint(tmp_path, LARGE, TEXT_EMBEDS, TIME_IDS)
-    before = checkpoint.condition([checkpoint.resolve(ask("red"))])[0].inputs
+    before = checkpoint.condition([checkpoint.resolve(ask("red"))])[0]
     kept = [_size(recent) for recent in _recents(checkpoint)]
 
     def fail(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         raise RuntimeError("out of memory")
 
-    working = checkpoint.condition._runner
-    checkpoint.condition._runner = InProcessRunner({"text_encoder": fail, "text_encoder_2": fail})
+    working = set_runner(checkpoint, InProcessRunner({"text_encoder": fail, "text_encoder_2": fail}))
     with pytest.raises(ComponentFailedError, match="out of memory"):
         checkpoint.condition([checkpoint.resolve(ask("red", negative_prompt="blue"))])
     assert [_size(recent) for recent in _recents(checkpoint)] == kept
-    again = checkpoint.condition([checkpoint.resolve(ask("red"))])[0].inputs
+    again = checkpoint.condition([checkpoint.resolve(ask("red"))])[0]
     assert all(torch.equal(again[name], one) for name, one in before.items())
-    checkpoint.condition._runner = working
+    set_runner(checkpoint, working)
     checkpoint.condition([checkpoint.resolve(ask("red", negative_prompt="blue"))])
     assert [len(calls[-1]) for calls in models.read.values()] == [1, 1]
+
+
+def set_runner(checkpoint: Checkpoint, runner: Any) -> Any:
+    """Another runner for the text encoders; the one before."""
+    encoders: Any = checkpoint.condition._encoders.values()
+    before = [encoder._runner for encoder in encoders]
+    for encoder in encoders:
+        encoder._runner = runner
+    return before[0]
 
 
 def _size(recent: Any) -> tuple[int, int]:
@@ -204,13 +212,6 @@ def _size(recent: Any) -> tuple[int, int]:
 
 def _recents(checkpoint: Checkpoint) -> list[Any]:
     return [encoder.recent for encoder in checkpoint.condition._encoders.values()]
-
-
-def test_cut_tokens_are_the_prompts(tmp_path: Path, models: Models) -> None:
-    checkpoint = models.checkpoint(tmp_path, LARGE, TEXT_EMBEDS, TIME_IDS)
-    asked = [ask(negative_prompt="red " * 200), ask("red " * 100, negative_prompt="blue"), ask("", guidance_scale=0.0)]
-    told = checkpoint.condition([checkpoint.resolve(one) for one in asked])
-    assert [one.tokens_cut for one in told] == [0, 102 - 77, 0]
 
 
 @pytest.mark.parametrize("width", [6, 7, 256])
@@ -227,8 +228,8 @@ def test_guidance_that_the_unet_is_told_takes_one_row(tmp_path: Path, models: Mo
     resolved = checkpoint.resolve(ask(guidance_scale=scale, negative_prompt="blue"))
     (told,) = checkpoint.condition([resolved])
     assert resolved.rows == 1
-    assert {name: len(one) for name, one in told.inputs.items()} == {"encoder_hidden_states": 1, "timestep_cond": 1}
-    assert torch.equal(told.inputs["timestep_cond"], embedded_guidance(scale, 7))
+    assert {name: len(one) for name, one in told.items()} == {"encoder_hidden_states": 1, "timestep_cond": 1}
+    assert torch.equal(told["timestep_cond"], embedded_guidance(scale, 7))
 
 
 def test_a_trial_has_every_input_of_the_unet_in_its_type(tmp_path: Path, models: Models) -> None:
@@ -281,6 +282,21 @@ def test_a_unet_that_takes_something_else_is_refused_at_load(
         models.checkpoint(tmp_path, how, *further)
 
 
+def test_an_export_from_before_is_refused_at_load_with_the_remedy(tmp_path: Path, models: Models) -> None:
+    checkpoint = models.checkpoint(tmp_path, LARGE, TEXT_EMBEDS, TIME_IDS)
+    old = replace(component("text_encoder"), inputs=component("text_encoder").inputs[:1])
+    folder = Deployment.load(tmp_path).folder("fake")
+    manifest = checkpoint.manifest
+    changed = replace(manifest, components={**manifest.components, "text_encoder": old})
+    (folder / "manifest.json").write_text(changed.to_json())
+    reason = r"text_encoder of fake takes input_ids, and is given clip_skip, embeddings, input_ids; export it again"
+    with pytest.raises(ValueError, match=reason):
+        Checkpoint(Deployment.load(tmp_path), "fake", InProcessRunner({}))
+    (folder / "manifest.json").write_text(replace(manifest, format_version=2).to_json())
+    with pytest.raises(ValueError, match="the manifest's format is 2, and 3 is read; export again"):
+        Checkpoint(Deployment.load(tmp_path), "fake", InProcessRunner({}))
+
+
 @pytest.mark.parametrize("damage", ["missing", "not a tokenizer"])
 def test_a_tokenizer_that_cannot_be_read_is_refused_at_load(tmp_path: Path, models: Models, damage: str) -> None:
     checkpoint = models.checkpoint(tmp_path, LARGE, TEXT_EMBEDS, TIME_IDS)
@@ -300,6 +316,6 @@ def test_an_encoder_that_gives_other_rows_is_an_error(tmp_path: Path, models: Mo
     def fewer(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: one[:1] for name, one in second(inputs).items()}
 
-    checkpoint.condition._runner = InProcessRunner({"text_encoder": models.first, "text_encoder_2": fewer})
+    set_runner(checkpoint, InProcessRunner({"text_encoder": models.first, "text_encoder_2": fewer}))
     with pytest.raises(ComponentFailedError, match="text_encoder_2 gave 1 rows for 2"):
         checkpoint.condition([checkpoint.resolve(ask(negative_prompt="blue"))])

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from diffuserve.engine import StepCosts, StepPolicy
 from diffuserve.errors import DrainingError, InvalidArgumentError
@@ -118,6 +120,30 @@ def test_previews_go_on_where_they_are_asked_for_again(start: Start) -> None:
     assert all(left.step < event.step <= 6 for event in previews)
 
 
+def put_embedding(deployment: Deployment, value: float) -> None:
+    deployment.embeddings.mkdir(exist_ok=True)
+    save_file({"emb_params": torch.full((2, 1), value)}, deployment.embeddings / "ring.safetensors")
+
+
+def test_long_and_learnt_prompts_are_read_again_where_it_goes_on(start: Start, deployment: Deployment) -> None:
+    put_embedding(deployment, 0.5)
+    values: dict[str, Any] = {"prompt": "(a ring:1.2), " * 40, "prompt_syntax": "a1111", "clip_skip": 1}
+    whole = ask(start()[0], **values).wait().events[0]
+    data = drained_at(*start(), 3, **values).events[0].data
+    again = go_on(start()[0], data).events[0]
+    assert again.data == whole.data
+    asked = ("prompt_chunks", "embeddings", "clip_skip", "prompt_syntax")
+    assert [again.info[name] for name in asked] == [whole.info[name] for name in asked]
+    put_embedding(deployment, 0.25)
+    with pytest.raises(
+        InvalidArgumentError, match=r"read with the embeddings ring:\w{16}, and here with ring:\w{16}; give"
+    ):
+        go_on(start()[0], data)
+    (deployment.embeddings / "ring.safetensors").unlink()
+    with pytest.raises(InvalidArgumentError, match=r"and here with none; give servers that hand over"):
+        go_on(start()[0], data)
+
+
 def test_it_can_be_handed_over_again_and_again(start: Start) -> None:
     whole = ask(start()[0], sampler="dpmpp_2m_sde").wait().events[0]
     data = drained_at(*start(), 2, sampler="dpmpp_2m_sde").events[0].data
@@ -164,7 +190,7 @@ def test_a_request_that_was_not_begun_is_handed_over_whole(start: Start) -> None
         assert release.wait(20)
         return text(inputs)
 
-    service._checkpoints["fake"].condition._runner._models["text_encoder"] = slow_text  # type: ignore[attr-defined]
+    service.loop._runner._models["text_encoder"] = slow_text  # type: ignore[attr-defined]
     first = ask(service, num_images=2)
     assert held.wait(20)
     waiting = ask(service, num_images=2)
@@ -245,7 +271,7 @@ def test_a_server_that_drains_takes_nothing_and_finishes_what_it_can(start: Star
 def test_whichever_engine_stands_still_the_status_tells(start: Start, model: str) -> None:
     service, _ = start()
     held, release = threading.Event(), threading.Event()
-    runner = service._checkpoints["fake"].condition._runner
+    runner = service._checkpoints["fake"]._runner
     answer = runner._models[model]  # type: ignore[attr-defined]
 
     def hold(inputs: Any) -> Any:

@@ -343,7 +343,7 @@ def test_a_forecast_of_a_full_server_is_quick() -> None:
     """Admission waits for it: counted in cost lookups, not in seconds."""
     looked_up = 0
 
-    def counted(rows: int) -> float:
+    def counted(rows: int, chunks: int) -> float:
         nonlocal looked_up
         looked_up += 1
         return 0.1
@@ -365,6 +365,33 @@ def test_unmeasured_costs_lie_between_or_beyond_the_measured() -> None:
     for _ in range(9):
         known.observe(GROUPS[0], 8, 0.8)
     assert known.seconds(GROUPS[0], 8) == pytest.approx(0.8)
+
+
+def test_longer_prompts_say_nothing_of_shorter_ones() -> None:
+    known = costs()
+    before = known.seconds(GROUPS[0], 8)
+    for _ in range(40):
+        known.observe(GROUPS[0], 8, 1.5 * before, chunks=6)
+    assert known.seconds(GROUPS[0], 8) == before
+    assert known.seconds(GROUPS[0], 8, chunks=6) == pytest.approx(1.5 * before)
+    assert known.seconds(GROUPS[0], 2, chunks=6) == pytest.approx(1.5 * known.seconds(GROUPS[0], 2))
+    assert known.seconds(GROUPS[0], 8, chunks=2) == before, "nothing is known of them"
+    fresh = StepCosts()
+    fresh.observe(GROUPS[0], 8, 0.4, chunks=2)
+    assert fresh.seconds(GROUPS[0], 8) == pytest.approx(0.4), "better than nothing"
+
+
+def test_forecasts_know_what_long_prompts_make_of_a_call() -> None:
+    """A call is as long as the least common multiple of what is in it."""
+    asked: list[tuple[int, int]] = []
+
+    def seconds(rows: int, chunks: int) -> float:
+        asked.append((rows, chunks))
+        return chunks
+
+    demands = [Demand(GROUPS[0], 2, 3, chunks=2), Demand(GROUPS[0], 2, 5, chunks=3), Demand(GROUPS[0], 1, 9)]
+    assert forecast(demands, lambda group: (16, seconds), demands).latest == 3 * 6 + 2 * 3 + 4 * 1
+    assert asked == [(5, 6), (3, 3), (1, 1)]
 
 
 def test_a_machine_that_became_slower_makes_every_estimate_longer_by_half_of_it() -> None:

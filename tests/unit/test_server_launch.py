@@ -73,13 +73,14 @@ def test_further_arguments_come_last() -> None:
 
 def test_the_environment_leads_the_stubs_to_this_interpreter() -> None:
     inherited = {"PATH": "/usr/bin", "LD_LIBRARY_PATH": "/cuda", "HOME": "/home/user"}
-    options = ServerOptions(Path("/deployment"), environment={"OMP_NUM_THREADS": "1"})
+    options = ServerOptions(Path("/deployment"), embeddings=Path("/embeddings"), environment={"OMP_NUM_THREADS": "1"})
     environment = server_environment(EMBEDDED, options, Path("/deployment"), inherited)
     assert environment == {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}/usr/bin",
         "LD_LIBRARY_PATH": f"/python/lib{os.pathsep}/cuda",
         "HOME": "/home/user",
         "DIFFUSERVE_DEPLOYMENT": "/deployment",
+        "DIFFUSERVE_EMBEDDINGS": "/embeddings",
         "OMP_NUM_THREADS": "1",
     }
     installed = server_environment(Triton(Path("/tritonserver"), None), options, Path("/deployment"), {})

@@ -203,9 +203,14 @@ def test_formats_and_base64(service: DiffusionService, image_format: str) -> Non
     assert image.format == image_format.upper()
 
 
-def test_a_prompt_beyond_the_text_encoder_is_cut_and_says_so(service: DiffusionService) -> None:
-    assert ask(service, prompt="red " * 100).wait().events[0].info["prompt_tokens_cut"] == 102 - 77
-    assert ask(service).wait().events[0].info["prompt_tokens_cut"] == 0
+def test_long_prompts_are_read_whole_up_to_the_limit(service: DiffusionService) -> None:
+    infos = [ask(service, prompt="red " * count).wait().events[0].info for count in (75, 76, 225, 226, 450)]
+    assert [info["prompt_chunks"] for info in infos] == [1, 2, 3, 6, 6]
+    with pytest.raises(InvalidArgumentError, match=r"prompt takes 7 windows of 75 tokens, and at most 6 .* shorten"):
+        ask(service, prompt="red " * 451)
+    with pytest.raises(InvalidArgumentError, match=r"negative_prompt takes 7 windows"):
+        ask(service, negative_prompt="red " * 451)
+    assert ask(service, negative_prompt="red " * 451, guidance_scale=1.0).wait().events
 
 
 @pytest.mark.parametrize("value", [0, 63, 65, 208, 100_000, -64])

@@ -186,6 +186,15 @@ def test_it_takes_at_most_16_kb_beside_the_latents(sampler: str, has_mask: bool)
     assert len(encode_snapshot(taken, KEY)) - tensors <= 16_000
 
 
+def test_the_longest_prompts_fit_with_every_word_an_embedding() -> None:
+    taken = snapshot()
+    escaped = replace(taken.resolved.request, prompt="\x01" * 8192, negative_prompt="\x01" * 8192)
+    words = tuple(f"{number:03}:{'f' * 16}" for number in range(900))
+    longest = replace(taken, resolved=replace(taken.resolved, request=escaped, embeddings=words))
+    read = decode_snapshot(encode_snapshot(longest, KEY), KEY)
+    assert (read.resolved.request, read.resolved.embeddings) == (escaped, words)
+
+
 def test_altered_foreign_and_truncated_bytes_are_refused() -> None:
     data = encode_snapshot(snapshot(), KEY)
     with pytest.raises(InvalidArgumentError, match="another key"):

@@ -12,7 +12,7 @@ from typing import Final
 
 from diffuserve.manifest import TensorShape
 from diffuserve.profiles import ROWS, Profile, Range
-from diffuserve.spec import UNET
+from diffuserve.spec import PROMPT_CHUNKS, UNET
 from diffuserve_export.errors import OptionError
 
 __all__ = ["ROW_BUCKETS", "Bounds", "ShapeRanges", "engine_profiles", "tensor_shapes"]
@@ -22,7 +22,6 @@ Bounds = tuple[tuple[int, int], ...]
 # The most rows at a side in pixels. The autoencoder works in pixels, and its tensors are some fifty times larger.
 _UNET_BOUNDS: Final[Bounds] = ((512, 64), (1024, 16), (1536, 4))
 _VAE_BOUNDS: Final[Bounds] = ((512, 4), (1536, 1))
-_MOST_CHUNKS: Final = 3
 # Rows of the static profiles, for which CUDA graphs are captured; a call is padded up to the next.
 ROW_BUCKETS: Final = (2, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -100,7 +99,9 @@ def _profile(component: str, names: set[str], ranges: ShapeRanges, size: Range, 
         "width": size,
         "latent_height": latent,
         "latent_width": latent,
-        "tokens": Range(limit, limit, limit * _MOST_CHUNKS, limit),
+        "tokens": Range(limit, limit, limit * max(PROMPT_CHUNKS), limit),
+        # Of textual inversion: every token of every row may be one, but the marks of its begin and end.
+        "vectors": Range(1, 1, rows.max * (limit - 2)),
         **ranges.others,
     }
     if unknown := sorted(names - known.keys()):

@@ -59,10 +59,14 @@ class StepCosts:
     group that was not measured is taken from one of the same checkpoint, in proportion to its pixels. All are made
     longer or shorter by half of what the last calls were slower or faster than estimated (their ratio's square root):
     machines have faster and slower minutes, and the other half is chance.
+
+    Calls with prompts of several chunks, which take a little longer, are kept apart, so that estimates and decisions
+    for all others do not depend on who came beside them: only by how much they are longer is learnt.
     """
 
     def __init__(self) -> None:
         self._medians = Medians(kinds=4096, window=_CALLS_WINDOW)
+        self._longer = Medians(window=_CALLS_WINDOW)
         self._lately: tuple[float, ...] = ()
         self._pace = 1.0
         self._rows: dict[Group, tuple[int, ...]] = {}
@@ -72,8 +76,11 @@ class StepCosts:
         self._efficient: dict[tuple[Group, int, float], int] = {}
         self._news = 0
 
-    def observe(self, group: Group, rows: int, seconds: float) -> None:
-        """Remember what a call took."""
+    def observe(self, group: Group, rows: int, seconds: float, chunks: int = 1) -> None:
+        """Remember what a call took, whose prompts had so many chunks."""
+        if chunks > 1 and self._nearest(group):
+            self._longer.observe((group.checkpoint, chunks), seconds / self.seconds(group, rows))
+            return
         measured = self._rows.get(group, ())
         if rows in measured:
             self._lately = (*self._lately[1 - _LATELY :], seconds / self._usual(group, rows))
@@ -87,9 +94,10 @@ class StepCosts:
             self._news = 0
             self._efficient.clear()
 
-    def seconds(self, group: Group, rows: int) -> float:
-        """The estimate for a call of that many rows."""
-        return self._pace * self._usual(group, rows)
+    def seconds(self, group: Group, rows: int, chunks: int = 1) -> float:
+        """The estimate for a call of that many rows, with prompts of that many chunks."""
+        seconds = self._pace * self._usual(group, rows)
+        return seconds if chunks == 1 else seconds * self._longer.get((group.checkpoint, chunks), 1.0)
 
     def _usual(self, group: Group, rows: int) -> float:
         measured = self._rows.get(group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,18 +11,19 @@ from diffuserve.engine.costs import Group
 
 __all__ = ["Demand", "Forecast", "forecast"]
 
-#: A group's row cap, and the seconds of a call by its rows.
-Calls = Callable[[Group], tuple[int, Callable[[int], float]]]
+#: A group's row cap, and the seconds of a call by its rows and the chunks of its prompts.
+Calls = Callable[[Group], tuple[int, Callable[[int, int], float]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demand:
-    """What one image still takes: `remaining` UNet calls of `rows` rows."""
+    """What one image still takes: `remaining` UNet calls of `rows` rows, with prompts of `chunks` windows."""
 
     group: Group
     rows: int
     remaining: int
     priority: int = 0
+    chunks: int = 1
 
 
 class Forecast(NamedTuple):
@@ -58,7 +60,7 @@ def forecast(present: Sequence[Demand], calls: Calls, asked: Sequence[Demand]) -
                 active[id(one)] = one, turns + one.remaining
                 rows += one.rows
             if active:
-                turn_cost += seconds(rows)
+                turn_cost += seconds(rows, math.lcm(*(one.chunks for one, _ in active.values())))
                 end = min(last for _, last in active.values())
                 next_end = end if next_end is None else min(next_end, end)
         if next_end is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -223,7 +224,7 @@ class DenoiseLoop:
 
         self._pools[group].step(tracks, denoise, rows)
         seconds = self._clock() - started
-        self._policy.costs.observe(group, rows, seconds)
+        self._policy.costs.observe(group, rows, seconds, math.lcm(*(track.chunks for track in tracks)))
         self._telemetry.stepped(group, rows, seconds, engine)
 
     def _after_step(self, track: Track) -> None:

@@ -264,9 +264,9 @@ class StepPolicy:
                 filled += one.rows
         return kept, below
 
-    def calls_of(self, group: Group) -> tuple[int, Callable[[int], float]]:
+    def calls_of(self, group: Group) -> tuple[int, Callable[[int, int], float]]:
         """A group's row cap and what its calls cost, as forecasts take them."""
-        return self.row_cap(group), lambda rows: self.costs.seconds(group, self._padded(group, rows))
+        return self.row_cap(group), lambda rows, chunks: self.costs.seconds(group, self._padded(group, rows), chunks)
 
     def _padded(self, group: Group, rows: int) -> int:
         return next((bucket for bucket in self.row_buckets(group) if bucket >= rows), rows)

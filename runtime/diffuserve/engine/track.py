@@ -29,6 +29,7 @@ class Track:
     conditioning         the UNet's other inputs by name, each [rows, ...]: the prompt's row, then, with guidance, the
                          negative prompt's. `encoder_hidden_states` [rows, tokens, D] is always there
     generator            the source of fresh noise, on the CPU; the one that drew the first latents
+    chunks               how many windows of a text encoder its tokens are
     history              [n, C, h, w] float32, the u of evaluations before the trajectory's first, the newest first:
                          of an image that was begun elsewhere
     steps_before         denoising steps that were complete then
@@ -51,6 +52,7 @@ class Track:
     conditioning: Mapping[str, torch.Tensor]
     generator: torch.Generator
     guidance_rescale: float = 0.0
+    chunks: int = 1
     history: torch.Tensor | None = None
     steps_before: int = 0
     masked: Masked | None = None
@@ -117,4 +119,4 @@ class Track:
 
     def demand(self) -> Demand:
         """What forecasts see of it."""
-        return Demand(self.group, self.rows, self.remaining, self.priority)
+        return Demand(self.group, self.rows, self.remaining, self.priority, self.chunks)

@@ -106,6 +106,7 @@ def settings_from(arguments: Sequence[str] | None = None) -> tuple[ServerOptions
     parsed = _parser().parse_args(arguments)
     options = ServerOptions(
         deployment=parsed.deployment,
+        embeddings=parsed.embeddings,
         model_repository=parsed.model_repository,
         host=parsed.host,
         http_port=parsed.http_port,
@@ -130,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--deployment", type=Path, required=True, help="the folder that `make export` wrote")
+    add("--embeddings", type=Path, help="the folder of textual inversions (default: embeddings in the deployment)")
     add("--model-repository", type=Path, help="the public model's folder (default: model_repository)")
     add("--host", default="127.0.0.1", help="the address to bind; 0.0.0.0 is every one (default: %(default)s)")
     add("--http-port", type=int, default=8000, help="0 picks a free one, as for the others (default: %(default)s)")

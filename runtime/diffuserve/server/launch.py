@@ -122,5 +122,7 @@ def server_environment(
     for name, size in _ALLOCATOR.items():
         environment.setdefault(name, str(size))
     environment["DIFFUSERVE_DEPLOYMENT"] = str(deployment)
+    if options.embeddings is not None:
+        environment["DIFFUSERVE_EMBEDDINGS"] = str(options.embeddings.absolute())
     environment.update(options.environment)
     return environment

@@ -23,6 +23,8 @@ class ServerOptions:
 
     deployment: Path
     """The folder that `make export` wrote: `deployment.json` and `models/`."""
+    embeddings: Path | None = None
+    """The folder of textual inversions; by default `embeddings` in the deployment. It need not exist."""
     model_repository: Path | None = None
     """The folder that holds the public model; by default `model_repository` here or beside the package."""
     host: str = "127.0.0.1"

@@ -98,7 +98,7 @@ def test_pictures_that_are_not_there_are_told(options: tuple[str, ...], said: st
 def test_every_option_reaches_the_server(fake: FakeTriton) -> None:
     options = (
         "--negative-prompt blue --checkpoint shapes --width 96 --height 64 --steps 9 --guidance-scale 3.5 "
-        "--sampler euler --seed 12 --num-images 2 --format webp"
+        "--sampler euler --seed 12 --num-images 2 --format webp --prompt-syntax a1111 --clip-skip 1"
     )
     result = run("generate", "a", *options.split(), "-o", "a.png", url=fake.url)
     assert result.exit_code == 0, result.output
@@ -106,6 +106,8 @@ def test_every_option_reaches_the_server(fake: FakeTriton) -> None:
         GenerateRequest(
             prompt="a",
             negative_prompt="blue",
+            prompt_syntax="a1111",
+            clip_skip=1,
             checkpoint="shapes",
             width=96,
             height=64,

@@ -67,9 +67,10 @@ def test_few_rows_need_no_stairs() -> None:
     assert (only.sides["rows"].max, only.sides["latent_height"]) == (64, Range(4, 8, 24, 2))
 
 
-def test_the_text_encoder_has_rows_alone() -> None:
-    (only,) = engine_profiles(TEXT_ENCODER, (TensorShape("input_ids", "INT32", ("rows", 77)),), ranges())
-    assert only.sides == {"rows": Range(1, 8, 64)}
+def test_the_text_encoder_has_rows_and_vectors_for_every_token_in_them() -> None:
+    inputs = (TensorShape("input_ids", "INT32", ("rows", 77)), TensorShape("embeddings", "FP16", ("vectors", 768)))
+    (only,) = engine_profiles(TEXT_ENCODER, inputs, ranges())
+    assert only.sides == {"rows": Range(1, 8, 64), "vectors": Range(1, 1, 64 * 75)}
 
 
 def test_static_profiles_come_first_and_each_is_one_shape() -> None:
@@ -89,7 +90,7 @@ def test_shapes_are_in_the_inputs_order() -> None:
     assert tensor_shapes(UNET_INPUTS, profile) == {
         "sample": ((1, 4, 32, 32), (4, 4, 64, 64), (4, 4, 192, 192)),
         "timestep": ((1,), (4,), (4,)),
-        "encoder_hidden_states": ((1, 77, 768), (4, 77, 768), (4, 231, 768)),
+        "encoder_hidden_states": ((1, 77, 768), (4, 77, 768), (4, 462, 768)),
     }
 
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 from tritonclient.grpc import model_config_pb2
 
-from diffuserve.manifest import Deployment, Manifest, Range
+from diffuserve.manifest import Deployment, Encoder, Manifest, Range
 from diffuserve.spec import FAMILIES
 from diffuserve_export import ExportOptions, OptionError, assembly, export_checkpoint
 from diffuserve_export.checkpoint import Checkpoint, FolderWeights, Part
@@ -70,6 +70,8 @@ def test_the_manifest_says_what_the_server_needs(exported: Exported) -> None:
     assert manifest.size == Range(8, 16, 48, step=4)
     assert manifest.rows == Range(1, 8, 64)
     assert (manifest.latent_channels, manifest.latent_scale, manifest.token_limit) == (4, 2, 77)
+    assert (manifest.conditioning.chunks, manifest.conditioning.clip_skip) == ((1, 2, 3, 6), 1)
+    assert manifest.conditioning.encoders == (Encoder("text_encoder", "tokenizer.json", 49408, ""),)
     assert manifest.scheduler["_class_name"] == "PNDMScheduler"
     assert manifest.scheduler["steps_offset"] == 1
     for name, component in manifest.components.items():

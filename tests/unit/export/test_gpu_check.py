@@ -49,6 +49,8 @@ def test_examples_have_the_engines_types_and_the_profiles_sides() -> None:
         "timestep": ((3,), torch.float32),
         "input_ids": ((3, 77), torch.int32),
     }
+    layers = example((TensorShape("clip_skip", "INT32", ("rows",)),), FACTS.profiles[1], 8, size="min")["clip_skip"]
+    assert set(layers.tolist()) == {0, 1}, "any encoder has one layer to leave out"
     assert torch.equal(drawn["sample"], example(INPUTS, FACTS.profiles[1], 3, size="min")["sample"])
 
 

@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPTextModel
 
 from diffuserve.manifest import TensorShape
 from diffuserve.spec import TEXT_ENCODER, UNET, VAE_DECODER, VAE_ENCODER
@@ -106,9 +107,49 @@ def test_text_encoder_is_that_of_diffusers(exported: Exported) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(exported.checkpoint, torch_dtype=torch.float32)
     prompts = ["a red circle", "", "word " * 100]
     ids = pipeline.tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    hidden, pooled = run(exported.graph(TEXT_ENCODER), input_ids=ids.input_ids.numpy().astype(np.int32))
+    hidden, pooled = run(exported.graph(TEXT_ENCODER), **text_feed(ids.input_ids))
     with torch.no_grad():
         want = pipeline.text_encoder(ids.input_ids)
+    assert relative_error(hidden, want.last_hidden_state) < 1e-4
+    assert relative_error(pooled, want.pooler_output) < 1e-4
+
+
+def text_feed(ids: torch.Tensor, skip: int = 0, embeddings: torch.Tensor | None = None) -> dict[str, Any]:
+    return {
+        "input_ids": ids.numpy().astype(np.int32),
+        "clip_skip": np.full(len(ids), skip, np.int32),
+        "embeddings": np.zeros((1, 16), np.float32) if embeddings is None else embeddings.numpy(),
+    }
+
+
+def test_each_row_leaves_out_its_own_layers(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    # diffusers looks for the final layer norm where transformers had it before its version 5.
+    monkeypatch.setattr(CLIPTextModel, "text_model", property(lambda model: model), raising=False)
+    pipeline = StableDiffusionPipeline.from_pretrained(exported.checkpoint, torch_dtype=torch.float32)
+    prompt = "a red circle"
+    want = []
+    for skip in (0, 1):
+        embeds, _ = pipeline.encode_prompt(prompt, "cpu", 1, do_classifier_free_guidance=False, clip_skip=skip)
+        want.append(embeds.detach())
+    ids = pipeline.tokenizer([prompt] * 3, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    feed = {**text_feed(ids), "clip_skip": np.array([1, 0, 1], np.int32)}
+    hidden, pooled = run(exported.graph(TEXT_ENCODER), **feed)
+    assert relative_error(hidden, torch.cat([want[1], want[0], want[1]])) < 1e-4
+    assert (want[1] - want[0]).abs().max() > 0.1
+    np.testing.assert_allclose(pooled[0], pooled[1], atol=1e-5)
+
+
+def test_ids_beyond_the_vocabulary_are_vectors_of_their_own(exported: Exported) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(exported.checkpoint, torch_dtype=torch.float32)
+    vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(4))
+    pipeline.load_textual_inversion({"<ring>": vectors}, token="<ring>")
+    prompt = pipeline.maybe_convert_prompt("a red <ring> here", pipeline.tokenizer)
+    ids = pipeline.tokenizer(prompt, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert (ids >= 49408).sum() == 2
+    with torch.no_grad():
+        want = pipeline.text_encoder(ids)
+    spare = torch.cat([vectors, torch.ones(1, 16)])
+    hidden, pooled = run(exported.graph(TEXT_ENCODER), **text_feed(ids, embeddings=spare))
     assert relative_error(hidden, want.last_hidden_state) < 1e-4
     assert relative_error(pooled, want.pooler_output) < 1e-4
 

@@ -64,6 +64,8 @@ def test_families_and_defaults(
     assert opened.zero_empty_negative == (kind == "sdxl")
     assert opened.guidance_embedding == (12 if kind == "lcm" else 0)
     assert opened.sample_channels == (9 if kind == "sd15-inpaint" else 4)
+    # Down to what goes into the first of 1, 2 and 2 layers; SDXL begins one before the last.
+    assert opened.clip_skip == {"sd21": 2}.get(kind, 1)
 
 
 TURBO = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing", "prediction_type": "epsilon"}
