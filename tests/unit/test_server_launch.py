@@ -82,6 +82,8 @@ def test_the_environment_leads_the_stubs_to_this_interpreter() -> None:
         "DIFFUSERVE_DEPLOYMENT": "/deployment",
         "DIFFUSERVE_EMBEDDINGS": "/embeddings",
         "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "4194304",
+        "MALLOC_TRIM_THRESHOLD_": "67108864",
     }
     installed = server_environment(Triton(Path("/tritonserver"), None), options, Path("/deployment"), {})
     assert "LD_LIBRARY_PATH" not in installed

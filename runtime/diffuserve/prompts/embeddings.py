@@ -244,7 +244,7 @@ def _parsed(content: bytes) -> dict[str, torch.Tensor]:
     if not 1 <= len(tensors) <= 2:
         raise ValueError(f"has {len(tensors)} tensors, and must have vectors alone: one tensor, or clip_l and clip_g")
     vectors = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"has values in {tensor.dtype}, and float32, float16 and bfloat16 are read")
         rows = tensor[None] if tensor.ndim == 1 else tensor
