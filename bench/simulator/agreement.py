@@ -35,7 +35,7 @@ from simulator.workload import Mix, SimRequest
 __all__ = ["LOADS", "Compared", "Measured", "RealRun", "agreement_table", "compare", "measure"]
 
 LOADS: Final = (0.3, 0.6, 0.85)
-TARGET: Final = at_most(20, " %")
+TARGET: Final = at_most(15, " %")
 #: An odd number of them: the median is a request of one kind, and not in the gap between two.
 _MIX: Final = Mix((4, 8, 20, 30, 50), 0.5)
 _CAPACITY_REQUESTS: Final = 64
