@@ -170,3 +170,44 @@ def test_more_images_than_slots_keep_their_latents() -> None:
     for one, other in zip(run(pool, tracks), expected, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
     assert pool._capacity == 32
+
+
+def test_predictions_are_of_the_guided_output_and_of_the_steps_that_want_them() -> None:
+    """Beside others that want none, and changing nothing: the x of the call and its output, by the table's numbers."""
+    seen, made = list[tuple[torch.Tensor, torch.Tensor]](), list[list[torch.Tensor | None]]()
+
+    def watched(sample: torch.Tensor, timestep: torch.Tensor, told: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        output = denoise(sample, timestep, told)
+        seen.append((sample, output))
+        return output
+
+    tracks = [make_track(1, 1, steps=6), make_track(2, 2, steps=6, predict_every=2), make_track(3, 1, steps=6)]
+    pool, trajectory = LatentPool(), tracks[1].trajectory
+    for track in tracks:
+        pool.join(track)
+    while not tracks[0].is_done:
+        pool.step(tracks, watched)
+        made.append([track.predicted for track in tracks])
+        tracks[1].predicted = None
+    for k, ((sample, output), predicted) in enumerate(zip(seen, made, strict=True)):
+        assert (predicted[0], predicted[2]) == (None, None)
+        if k % 2 == 0:
+            assert predicted[1] is None
+            continue
+        guided = output[2] + 5.0 * (output[1] - output[2])
+        expected = trajectory.p0[k] * sample[1] + trajectory.q0[k] * guided
+        assert predicted[1] is not None
+        assert torch.allclose(predicted[1], expected, atol=1e-4)
+    plain = run(LatentPool(), [make_track(1, 1, steps=6), make_track(2, 2, steps=6), make_track(3, 1, steps=6)])
+    for track, expected in zip(tracks, plain, strict=True):
+        assert torch.equal(pool.leave(track)[0], expected)
+
+
+@pytest.mark.parametrize("is_told", [False, True])
+def test_predictions_of_masked_pictures_keep_what_is_put_back(is_told: bool) -> None:
+    mask = torch.zeros((1, *SHAPE[1:]), dtype=torch.bool)
+    mask[:, 2:5, 3:] = True
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(9))
+    masked, predicted = Masked(mask, latents, None if is_told else torch.zeros(SHAPE)), torch.full(SHAPE, 7.0)
+    kept = predicted if is_told else latents
+    assert torch.equal(masked.around(predicted), torch.where(mask, predicted, kept))

@@ -28,6 +28,12 @@ class Masked:
     latents: torch.Tensor
     noise: torch.Tensor | None = None
 
+    def around(self, predicted: torch.Tensor) -> torch.Tensor:
+        """Predicted latents [C, h, w] with the given picture's where those are put back."""
+        if self.noise is None:
+            return predicted
+        return torch.where(self.mask.to(predicted.device), predicted, self.latents.to(predicted.device))
+
 
 def masks_told(tracks: Sequence[Track], device: torch.device) -> torch.Tensor | None:
     """The channels of the UNet's `sample` behind the latents, as SAMPLE_INPAINT lists them: [images, 1 + C, h, w].

@@ -115,7 +115,8 @@ class LatentPool:
         for i, track in enumerate(tracks):
             if track.predicts():
                 p0, q0 = (float(column[track.evaluation]) for column in (track.trajectory.p0, track.trajectory.q0))
-                track.predicted = p0 * latents[i] + q0 * output[i]
+                predicted = p0 * latents[i] + q0 * output[i]
+                track.predicted = track.masked.around(predicted) if track.masked else predicted
             track.evaluation += 1
 
     def _batch_of(self, tracks: Sequence[Track], rows: int) -> _Batch:
