@@ -1,4 +1,4 @@
-"""Every sampler, schedule and prediction type through the pool, against diffusers after every evaluation, in float64."""
+"""Every sampler, schedule and prediction type through the pool, against diffusers after every evaluation."""
 
 from __future__ import annotations
 
