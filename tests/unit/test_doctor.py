@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +61,16 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, handle: Any) -> Any:  # noqa: N802
         return SimpleNamespace(total=handle["total"], free=handle["free"])
+
+
+class NoDriver(FakeNvml):
+    """The package on a machine without a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__("a100")
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        raise self.NVMLError("Driver Not Loaded")
 
 
 def machine(name: str, **more: Any) -> Machine:
@@ -189,11 +200,7 @@ def test_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert found.onnxruntime
     assert found.shm_bytes > 0
 
-    class Broken(FakeNvml):
-        def nvmlInit(self) -> None:  # noqa: N802
-            raise self.NVMLError("Driver Not Loaded")
-
-    without = read_machine(Broken("a100"), shm=tmp_path / "none", libraries=[])
+    without = read_machine(NoDriver(), shm=tmp_path / "none", libraries=[])
     assert (without.gpus, without.no_gpu, without.shm_bytes) == ((), "no NVIDIA driver: Driver Not Loaded", 0)
 
 
@@ -218,6 +225,48 @@ def test_the_command_prints_and_exits(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {one["level"] for one in found} == {"ok"}
     monkeypatch.setattr(doctor, "read_machine", lambda: machine("v100"))
     assert run().exit_code == 1
+
+
+@pytest.fixture
+def enough_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 30))
+
+
+@pytest.mark.usefixtures("enough_shared_memory")
+@pytest.mark.parametrize(
+    ("nvml", "reason"),
+    [(NoDriver(), "no NVIDIA driver: Driver Not Loaded"), (None, "nvidia-ml-py is not installed: pip install")],
+    ids=["no driver", "no package"],
+)
+def test_the_command_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml | None, reason: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert f"note     driver: there is no GPU: {reason}" in result.output
+    assert "ok       targets: this machine serves onnxruntime-cpu;" in result.output
+    deployment(tmp_path)
+    result = run("--deployment", str(tmp_path))
+    assert result.exit_code == 1
+    assert "problem  checkpoint x: its target tensorrt-rtx needs a GPU, and there is none" in result.output
+
+
+@pytest.mark.usefixtures("enough_shared_memory")
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("a100", "NVIDIA A100-SXM4-80GB, compute capability 8.0"),
+        ("rtx4090", "NVIDIA GeForce RTX 4090, compute capability 8.9"),
+    ],
+)
+def test_the_command_asks_nvml(monkeypatch: pytest.MonkeyPatch, name: str, card: str) -> None:
+    nvml = FakeNvml(name)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert f"ok       GPU: {card}" in result.output
+    assert nvml.open == 0
 
 
 def test_the_command_on_a_folder_that_is_no_deployment(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from diffuserve_export.verify import open_graph
 if TYPE_CHECKING:
     from diffuserve_export.export import Plan
 
-__all__ = ["Judge", "graph_run", "module_run", "quantized_unet"]
+__all__ = ["Judge", "QuantizedUNet", "graph_run", "module_run", "quantized_unet"]
 
 # The seed of the first picture to judge by. Those to calibrate with begin at 0: no noise is seen twice.
 _JUDGED_SEED: Final = 1_000_000

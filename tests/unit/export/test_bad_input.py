@@ -14,10 +14,12 @@ import huggingface_hub
 import pytest
 from typer.testing import CliRunner
 
-from diffuserve_export import CheckpointError, ExportOptions, OptionError, export_checkpoint
+from diffuserve_export import CheckpointError, ExportOptions, OptionError, command, export_checkpoint
 from diffuserve_export.command import app
+from diffuserve_export.export import Plan, plan_export
 from diffuserve_export.hub import find_checkpoint
 from diffuserve_export.sources import open_checkpoint
+from diffuserve_export.weights import load_part
 from unit.export.conftest import Exported
 
 
@@ -181,6 +183,39 @@ def test_fp16_weights_are_fetched_where_there_are_no_others(checkpoint: Path, mo
     assert all(pattern.startswith("unet/") for pattern in asked[1])
 
 
+def test_pickles_are_fetched_only_where_they_are_asked_for(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pickles(checkpoint)
+    asked: list[str] = []
+
+    def download(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(checkpoint)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    find_checkpoint("owner/name")
+    assert not [pattern for pattern in asked if not pattern.endswith((".json", ".safetensors", ".txt", "/*"))]
+    asked.clear()
+    find_checkpoint("owner/name", allow_pickle=True)
+    found = [pattern for pattern in asked if pattern.endswith(".bin")]
+    assert found == ["vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.bin"]
+
+
+def test_the_command_reads_pickles_where_it_is_told(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickles(checkpoint)
+    plans: list[Plan] = []
+    monkeypatch.setattr(command, "export_checkpoint", lambda options, _: plans.append(plan_export(options)))
+    arguments = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--allow-pickle"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    opened = plans[0].checkpoint
+    assert opened.parts["vae"].pickled
+    # What has the name holds no pickle.
+    with pytest.raises(CheckpointError, match=r"the vae of .* cannot be loaded: "):
+        load_part(opened, opened.parts["vae"])
+
+
 def test_shards_must_all_be_there(checkpoint: Path) -> None:
     weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
     shard = weights.with_name("diffusion_pytorch_model-00001-of-00001.safetensors")
@@ -205,6 +240,18 @@ def test_too_little_disk(saved_checkpoint: Path, tmp_path: Path, monkeypatch: py
     line = refused("--checkpoint", str(saved_checkpoint), "--out", str(tmp_path / "out"))
     assert re.search(r"has 0\.00 GB free, and the export needs 0\.\d\d GB", line)
     assert not (tmp_path / "out").exists()
+
+
+def test_too_little_disk_for_engines(saved_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("DIFFUSERVE_CACHE", str(cache))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000 if path == cache else 10**12))
+    arguments = ["--checkpoint", str(saved_checkpoint), "--target", "tensorrt-rtx", "--compute-capability", "89"]
+    line = refused(*arguments, "--out", str(tmp_path / "out"))
+    assert line.startswith(f"error: {cache / 'engines'} has 0.00 GB free, and the export needs")
+    assert not (tmp_path / "out").exists()
+    assert list(cache.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made(saved_checkpoint: Path, tmp_path: Path) -> None:

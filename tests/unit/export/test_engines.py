@@ -56,6 +56,14 @@ def test_the_facts_say_what_was_built(shared: Built) -> None:
     assert {path.name for path in shared.cache.iterdir()} == {shared.folder.name}
 
 
+def test_one_engine_is_built_for_several_cards(shared: Built, tmp_path: Path) -> None:
+    capabilities = ("8.0", "8.9", "12.0")
+    folder = engine_from_onnx(shared.graph, request(capabilities=capabilities), tmp_path / "cache", pytest.fail)
+    facts = read_facts(folder)
+    assert facts.devices == capabilities
+    assert facts.bytes > read_facts(shared.folder).bytes
+
+
 @pytest.mark.usefixtures("never_builds")
 def test_the_same_is_built_once(shared: Built) -> None:
     assert engine_from_onnx(shared.graph, request(), shared.cache, pytest.fail) == shared.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from diffuserve_export.quantize import QuantizeOptions, options, plan_quantizati
 from diffuserve_export.quantize.layers import QuantizedConv2d, QuantizedLinear
 from diffuserve_export.quantize.pictures import Studio
 from diffuserve_export.quantize.quality import check_quality, psnr
-from diffuserve_export.quantize.unet import Judge, module_run, quantized_unet
+from diffuserve_export.quantize.unet import Judge, QuantizedUNet, module_run, quantized_unet
 from diffuserve_export.sources import open_checkpoint
 from unit.export.pipelines import PIPELINES, random_pipeline
 
@@ -78,20 +79,33 @@ def test_a_picture_to_paint_in_is_made_up(kinds: Path) -> None:
     assert masked.std() > 0
 
 
-@pytest.mark.parametrize(("kind", "left"), [("sd15", "carries a block's input past it"), ("sdxl", "embeds the size")])
-def test_a_quantized_unet_is_close_and_says_what_it_is(kinds: Path, kind: str, left: str) -> None:
-    planned = plan(kinds / kind, quantize=QuantizeOptions(steps=STEPS, pictures=2))
-    quantized = quantized_unet(planned, module_of(planned.checkpoint, UNET), (), Report())
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def quantized(request: pytest.FixtureRequest, kinds: Path) -> QuantizedUNet:
+    planned = plan(kinds / request.param, quantize=QuantizeOptions(steps=STEPS, pictures=2))
+    return quantized_unet(planned, module_of(planned.checkpoint, UNET), (), Report())
+
+
+def test_a_quantized_unet_is_close_and_says_what_it_is(quantized: QuantizedUNet) -> None:
     facts, names = quantized.verdict.facts, dict(quantized.module.named_modules())
     assert facts.layers.keys() == {"int8"}
     assert all(isinstance(names[name], (QuantizedLinear, QuantizedConv2d)) for name in facts.layers["int8"])
     rest = [name for ones in facts.left.values() for name in ones]
     assert all(type(names[name]) in (nn.Linear, nn.Conv2d) for name in rest)
-    assert any(reason.startswith(left) for reason in facts.left)
+    assert {"carries a block's input past it", "the last layer"} <= facts.left.keys()
+    assert ("embeds the size of the picture" in facts.left) == any("add_embedding" in name for name in names)
     assert (facts.prompts, facts.calibrated, facts.steps, facts.gate) == ("built-in", 24, STEPS, QuantizeOptions().gate)
     quality = quantized.verdict.judge.quality("int8", module_run(quantized.module))
     assert quality is not None
     assert quality.psnr > 30
+
+
+def test_a_spoiled_quantization_is_refused(quantized: QuantizedUNet) -> None:
+    module = copy.deepcopy(quantized.module)
+    for layer in module.modules():
+        if isinstance(layer, (QuantizedLinear, QuantizedConv2d)):
+            layer.weight_scale *= 8
+    with pytest.raises(QualityError, match="the UNet in int8 makes other pictures than in float32"):
+        quantized.verdict.judge.quality("int8", module_run(module))
 
 
 def test_a_unet_that_needs_float32_is_not_quantized(kinds: Path) -> None:
