@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 import psutil
@@ -103,7 +104,7 @@ def _sampled(run: Run, pid: int) -> Iterator[None]:
     def sample() -> None:
         while not ended.wait(_PERIOD):
             stage = run.stages[-1]
-            stage.peak = max(stage.peak, _resident(pid))
+            stage.peak = max(stage.peak, _held(pid))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -114,15 +115,24 @@ def _sampled(run: Run, pid: int) -> Iterator[None]:
         thread.join()
 
 
-def _resident(pid: int) -> int:
-    """Bytes of a process and of all that it started. What several of them share counts for each."""
+def _held(pid: int) -> int:
+    """Bytes of memory that a process and all that it started hold, and nobody can take from them.
+
+    Pages of mapped files are not among them: weights that are read from a file of 5 GB are the system's cache, which it
+    drops where memory is wanted. Shared memory counts for each that holds it.
+    """
     try:
         process = psutil.Process(pid)
         family = (process, *process.children(recursive=True))
     except psutil.NoSuchProcess:
         return 0
-    total = 0
-    for one in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += one.memory_info().rss
-    return total
+    return sum(_held_alone(one.pid) for one in family)
+
+
+def _held_alone(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except OSError:  # it has ended
+        return 0
+    lines = (line.split() for line in status.splitlines())
+    return sum(1024 * int(line[1]) for line in lines if line and line[0] in ("RssAnon:", "RssShmem:"))
