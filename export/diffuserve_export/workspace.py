@@ -94,10 +94,10 @@ class Workspace:
         retired.mkdir(exist_ok=True)
         if manifest.exists():
             _retire(self.root / "checkpoints" / name, retired)
-            staged = Manifest.from_json((manifest / "manifest.json").read_text(encoding="utf-8")).components
-            for component in COMPONENTS:
-                if component not in staged:  # an earlier export may have had it
-                    _retire(self.root / "models" / model_name(name, component), retired)
+            sealed = (manifest / SUMS_FILE).read_text(encoding="utf-8")
+            for model in (model_name(name, component) for component in COMPONENTS):
+                if f"  models/{model}/" not in sealed:  # an earlier export may have had it
+                    _retire(self.root / "models" / model, retired)
         for folder in sorted((staging / "models").iterdir()):
             _retire(self.root / "models" / folder.name, retired)
             _move(folder, self.root / "models" / folder.name)

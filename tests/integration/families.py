@@ -185,7 +185,9 @@ def _deployed(families: Families, names: Sequence[str], out: Path, graph: Callab
         patched.setattr(assembly, "graph_from_component", graph)
         for name in names:
             folder, precision = families.folder(name), FAMILIES[name][1]
-            export_checkpoint(ExportOptions(checkpoint=str(folder), out=out, name=name, precision=precision))
+            # In one piece, as diffusers decodes them.
+            options = ExportOptions(checkpoint=str(folder), out=out, name=name, precision=precision, vae_tile=192)
+            export_checkpoint(options)
     return Deployment.load(out)
 
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,6 @@ def graphs_from_store(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> No
     def copy(plan: Any, component: str, path: Path, report: Any) -> Graph:
         report.stage(component, "loading")
         shutil.copyfile(exported.graph(component), path)
-        return float32_graph(plan.checkpoint, component, path)
+        return replace(float32_graph(plan.checkpoint, component, path), colours=exported.manifest.colours)
 
     monkeypatch.setattr(assembly, "graph_from_component", copy)
