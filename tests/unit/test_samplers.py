@@ -1,4 +1,4 @@
-"""Every sampler, schedule and prediction type through the pool, against diffusers after every evaluation."""
+"""Every sampler, schedule and prediction type through the pool, against diffusers after each evaluation, in float64."""
 
 from __future__ import annotations
 
