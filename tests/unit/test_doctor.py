@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,7 +230,7 @@ def test_the_command_prints_and_exits(tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def enough_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 30))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 30))
 
 
 @pytest.mark.usefixtures("enough_shared_memory")
