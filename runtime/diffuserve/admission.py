@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, Protocol
 
-from diffuserve.errors import CancelledError, DiffuserveError, QueueFullError
+from diffuserve.errors import CancelledError, DiffuserveError, InvalidArgumentError, QueueFullError
 from diffuserve.job import Reply
 from diffuserve.request import Event, GenerateRequest
 from diffuserve.workers import Workers
@@ -43,7 +43,9 @@ class Admission:
         self._lock = threading.Lock()
 
     def submit(self, request: GenerateRequest, reply: Reply, *, request_id: str, trace: object | None) -> None:
-        """Raises what the service raises for a small request; for a large one QueueFullError or CancelledError."""
+        """Raises what the service raises for a small request; for a large one InvalidArgumentError,
+        QueueFullError or CancelledError.
+        """
         size = request.given_bytes
         if size < _LARGE_BYTES:
             self._submit(request, reply, request_id=request_id, trace=trace)
@@ -66,6 +68,13 @@ class Admission:
             self._refused(reply, request_id, error)
 
     def _hold(self, size: int) -> None:
+        if size > MAX_GIVEN_BYTES:
+            raise InvalidArgumentError(
+                f"the request's pictures and snapshot have {size} bytes, and at most {MAX_GIVEN_BYTES} are taken; make "
+                "them smaller",
+                value=size,
+                maximum=MAX_GIVEN_BYTES,
+            )
         with self._lock:
             if self._held + size > MAX_GIVEN_BYTES:
                 raise QueueFullError(

@@ -276,7 +276,7 @@ class ResolvedRequest:
     def without_pictures(self) -> ResolvedRequest:
         """The same without what has become latents, for it takes megabytes."""
         nothing: dict[str, Any] = dict.fromkeys(_BYTES, b"")
-        return replace(self, request=replace(self.request, **nothing), image=None)
+        return replace(self, request=replace(self.request, **nothing), image=None, mask=None)
 
     def parameters(self, index: int) -> dict[str, object]:
         """Every parameter that made image `index`."""

@@ -24,7 +24,6 @@ from typing import Any, Final
 import numpy as np
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from diffuserve.engine import Masked
 from diffuserve.errors import InvalidArgumentError
@@ -36,6 +35,7 @@ __all__ = ["MAX_SNAPSHOT_BYTES", "ImageState", "Snapshot", "decode_snapshot", "e
 #: 16 images of 1536 x 1536 pixels with a full history and what a mask keeps, or two given pictures of 32 MiB; and room
 #: for the table.
 MAX_SNAPSHOT_BYTES: Final = 65 << 20
+_MAX_BASE64_BYTES: Final = -(-MAX_SNAPSHOT_BYTES // 3) * 4
 
 _MAGIC: Final = b"dfsv"
 _VERSION: Final = 2
@@ -47,6 +47,7 @@ _NUMBERS: Final = ("timestep", "input_scale", "p", "q", "a", "c", "p0", "q0", "k
 _COUNTS: Final = ("remember", "draws", "steps_done")
 _MAX_TABLE_BYTES: Final = _MAX_EVALUATIONS * (4 * (len(_NUMBERS) + 1 + HISTORY) + len(_COUNTS))
 _ABOUT_TABLE: Final = ("sampler", "steps", "schedule", "eta", "residual", "initial_scale", "image_scale", "strength")
+_ASKED: Final = ("checkpoint", "width", "height", "steps", "guidance_scale", "sampler", "sigma_schedule", "seed")
 _PICTURES: Final = ("init_image", "mask_image")
 
 
@@ -146,7 +147,7 @@ def decode_snapshot(data: bytes, key: bytes) -> Snapshot:
     try:
         tensors = safetensors.torch.load(body)
         return _snapshot(json.loads(_unpacked(tensors["facts"], _MAX_FACTS_BYTES)), tensors)
-    except (SafetensorError, KeyError, TypeError, ValueError, zlib.error) as error:
+    except Exception as error:  # whatever nonsense makes of it
         # A server with this key signed it, so it is of another release rather than forged.
         raise _refused(f"the snapshot cannot be read ({error!r}); resume it on a server of its release") from error
 
@@ -197,8 +198,11 @@ def _table(content: bytes, about: Mapping[str, Any]) -> Trajectory:
         raise ValueError(f"its table has {len(content)} bytes")
     split = 4 * columns * evaluations
     numbers = np.frombuffer(content[:split], dtype="<f4").reshape(columns, evaluations).astype(np.float64)
-    if not np.isfinite(numbers).all():
+    scales = [float(about[name]) for name in ("eta", "residual", "initial_scale", "image_scale")]
+    if not np.isfinite(numbers).all() or not np.isfinite(scales).all():
         raise ValueError("its table holds numbers that are not finite")
+    if not isinstance(about["steps"], int) or not 0 < about["steps"] <= _MAX_EVALUATIONS:
+        raise ValueError(f"its table is of {about['steps']} steps")
     counts = dict(zip(_COUNTS, np.frombuffer(content[split:], dtype=np.uint8).reshape(-1, evaluations), strict=True))
     return Trajectory(
         **{name: about[name] for name in _ABOUT_TABLE},
@@ -212,15 +216,18 @@ def _table(content: bytes, about: Mapping[str, Any]) -> Trajectory:
 
 def _snapshot(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Snapshot:
     pictures: dict[str, Any] = {name: tensors[name].numpy().tobytes() for name in _PICTURES if name in tensors}
-    request = GenerateRequest(**facts["resolved"]["request"], **pictures)
-    embeddings = tuple(facts["resolved"]["embeddings"])
-    resolved = ResolvedRequest(**{**facts["resolved"], "request": request, "embeddings": embeddings})
+    resolved = _resolved(facts["resolved"], pictures)
     table = _table(_unpacked(tensors["table"], _MAX_TABLE_BYTES), facts["table"])
     first, images = int(facts["first"]), []
-    for index, evaluation, steps, draws in facts["images"]:
+    for numbers in facts["images"]:
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError(f"it has an image {numbers}")
+        index, evaluation, steps, draws = numbers
         latents, history = tensors[f"latents.{index}"], tensors[f"history.{index}"]
         if not 0 <= index < resolved.request.num_images or not 0 <= evaluation - first < table.evaluations:
             raise ValueError(f"its image {index} is at evaluation {evaluation} of {first + table.evaluations}")
+        if not 0 <= steps <= table.steps:
+            raise ValueError(f"its image {index} is at step {steps} of {table.steps}")
         if not 0 <= draws <= _MAX_DRAWS or latents.ndim != 3 or history.shape[1:] != latents.shape:
             raise ValueError(f"its image {index} has latents of shape {list(latents.shape)} after {draws} draws")
         if len(history) > HISTORY or any(one.dtype != torch.float32 for one in (latents, history)):
@@ -234,6 +241,17 @@ def _snapshot(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     )
 
 
+def _resolved(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> ResolvedRequest:
+    """The request; what was filled in of it is within the limits of what can be asked for."""
+    request = GenerateRequest(**facts["request"], **pictures)
+    told = {name: facts[name] for name in _ASKED}
+    replace(request, **told)
+    named = all(isinstance(told[name], str) and told[name] for name in ("checkpoint", "sampler"))
+    if not named or None in [told[name] for name in _ASKED if name != "sigma_schedule"] or facts["rows"] not in (1, 2):
+        raise ValueError(f"its request was not made out: {told}, {facts['rows']} rows")
+    return ResolvedRequest(**{**facts, "request": request, "embeddings": tuple(map(str, facts["embeddings"]))})
+
+
 def _masked(index: int, tensors: Mapping[str, torch.Tensor], shape: torch.Size) -> Masked:
     given, (_, height, width) = tensors[f"given.{index}"], shape
     if given.shape not in ((1, *shape), (2, *shape)) or given.dtype != torch.float32:
@@ -244,6 +262,8 @@ def _masked(index: int, tensors: Mapping[str, torch.Tensor], shape: torch.Size) 
 
 
 def _checked_body(data: bytes, key: bytes) -> bytes:
+    if len(data) > (MAX_SNAPSHOT_BYTES if data.startswith(_MAGIC) else _MAX_BASE64_BYTES):
+        raise _refused(f"the snapshot has {len(data)} bytes, and at most {MAX_SNAPSHOT_BYTES} are taken")
     if not data.startswith(_MAGIC):
         try:
             data = base64.b64decode(data, validate=True)
@@ -251,8 +271,6 @@ def _checked_body(data: bytes, key: bytes) -> bytes:
             data = b""
     if len(data) <= _HEAD.size or not data.startswith(_MAGIC):
         raise _refused("resume holds no snapshot; give the data of a snapshot event as it came")
-    if len(data) > MAX_SNAPSHOT_BYTES:
-        raise _refused(f"the snapshot has {len(data)} bytes, and at most {MAX_SNAPSHOT_BYTES} are taken")
     _, version, checksum, signature = _HEAD.unpack_from(data)
     body = data[_HEAD.size :]
     if version != _VERSION:

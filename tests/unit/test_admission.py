@@ -125,6 +125,13 @@ def test_bytes_are_given_back_where_the_last_answer_cannot_be_sent(service: Serv
     taken(service, 1)
 
 
+def test_what_is_too_large_alone_will_never_fit(admit: Any) -> None:
+    with pytest.raises(
+        InvalidArgumentError, match="have 250001 bytes, and at most 250000 are taken; make them smaller"
+    ):
+        admit(large(250_001))
+
+
 def test_nothing_is_taken_once_it_is_closed(service: Service, admit: Any) -> None:
     admit.close()
     with pytest.raises(CancelledError, match="shutting down"):

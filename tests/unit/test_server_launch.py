@@ -163,6 +163,25 @@ def test_a_server_that_ignores_the_signal_is_killed_with_its_children(
     os.close(child)
 
 
+def test_children_that_a_server_leaves_are_not_kept_as_zombies(tmp_path: Path, deployment: Path) -> None:
+    """In a process that inherits orphans, as process 1 of a container does."""
+    program = f"""
+import ctypes, os, pathlib
+from diffuserve.server import ServerOptions, TritonServer
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+deployment = pathlib.Path({str(deployment)!r})
+options = ServerOptions(deployment, model_repository=deployment.parent / "model_repository", http_port=0, grpc_port=0,
+                        metrics_port=0, log_file=deployment / "log")
+with TritonServer(options) as server:
+    server.wait(10)
+print(pathlib.Path(f"/proc/self/task/{{os.getpid()}}/children").read_text())
+"""
+    environment = fake_server(tmp_path, "sleep 60 & sleep 60 & exit 0")
+    command = [sys.executable, "-c", program]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == ""
+
+
 def test_a_server_is_started_once(tmp_path: Path, deployment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", fake_server(tmp_path, "exec sleep 60"))
     server = TritonServer(options_for(deployment))

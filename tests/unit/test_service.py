@@ -102,8 +102,6 @@ def test_info_makes_the_same_picture_again(service: DiffusionService) -> None:
 def test_a_picture_is_let_go_once_it_became_latents(
     service: DiffusionService, models: FakeModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner: Any = service._checkpoints["fake"]._runner
-    runner._models["vae_encoder"] = lambda inputs: {"moments": torch.zeros(1, 8, 8, 8)}
     decoded, resolve = list[Any](), Checkpoint.resolve
 
     def resolved(self: Checkpoint, request: GenerateRequest) -> ResolvedRequest:

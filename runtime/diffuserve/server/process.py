@@ -279,6 +279,10 @@ class TritonServer:
             time.sleep(_REAP_POLL_SECONDS)
         self._group = None
         process.wait()
+        # Its children become those of process 1, which is this one in a container.
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-process.pid, os.WNOHANG)[0]:
+                pass
         for region in _SHARED_MEMORY.glob(f"{self.launch.shm_prefix}*"):
             region.unlink(missing_ok=True)
 
