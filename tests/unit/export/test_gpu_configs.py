@@ -119,7 +119,7 @@ def test_the_tensorrt_provider_has_the_plans_profiles(tmp_path: Path) -> None:
     assert accelerator.parameters["trt_profile_max_shapes"].split(",")[:3] == [
         "sample:64x4x64x64",
         "timestep:64",
-        "encoder_hidden_states:64x231x768",
+        "encoder_hidden_states:64x462x768",
     ]
     assert accelerator.parameters["trt_profile_min_shapes"].count("sample:1x4x32x32") == 3
 

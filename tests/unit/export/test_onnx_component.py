@@ -138,7 +138,13 @@ def test_whatever_onnx_runtime_says_is_an_answer(unet: Any) -> None:
 def test_only_the_requested_outputs_are_given(component_class: Any, exported: Exported) -> None:
     model = component_class()
     model.initialize(arguments(exported.out / "models" / "tiny_text_encoder", threads="0"))
-    (response,) = model.execute([Request({"input_ids": np.full((1, 77), 49407, np.int32)}, outputs=("pooled",))])
+    inputs = {
+        "input_ids": np.full((1, 77), 49407, np.int32),
+        "clip_skip": np.zeros(1, np.int32),
+        "embeddings": np.zeros((1, 16), np.float32),
+    }
+    (response,) = model.execute([Request(inputs, outputs=("pooled",))])
+    assert response.error is None
     assert [(one.name, one.array.shape) for one in response.output_tensors] == [("pooled", (1, 16))]
     model.finalize()
 
