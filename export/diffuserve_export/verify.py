@@ -157,6 +157,8 @@ def verify_onnx(
 def open_graph(path: Path, *, optimized: bool) -> onnxruntime.InferenceSession:
     """A graph in ONNX Runtime on the CPU, or, if not `optimized`, operator by operator as it stands."""
     options = onnxruntime.SessionOptions()
+    # Its threads would wait for work on the cores that torch has between two calls: up to twice the processor time.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(str(path), sess_options=options, providers=["CPUExecutionProvider"])
