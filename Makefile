@@ -48,9 +48,9 @@ accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests th
 accept-families: $(INSTALLED) ## Small checkpoints of every family through the whole service, against diffusers
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_families.py
 
-accept-requests: $(INSTALLED) ## Snapshots after every step, masks with every sampler, previews and tiles measured
-	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_inpainting.py \
-		tests/acceptance/test_previews_and_tiles.py
+accept-requests: $(INSTALLED) ## Snapshots after every step, clients that exhaust a server, masks with every sampler, previews and tiles
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_exhaustion.py \
+		tests/acceptance/test_inpainting.py tests/acceptance/test_previews_and_tiles.py
 
 accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \
