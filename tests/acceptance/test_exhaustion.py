@@ -147,7 +147,7 @@ def test_sixteen_pictures_of_the_largest_size_are_borne_again_and_again(crowded:
     data, waves = large_picture(), list[dict[str, int]]()
     with Client(crowded.grpc_url, timeout=PATIENT) as greedy, ThreadPoolExecutor(16) as pool:
         for _ in range(5):
-            asked = {"init_image": data, "steps": 4, "strength": 0.5}
+            asked: dict[str, Any] = {"init_image": data, "steps": 4, "strength": 0.5}
             wave = [pool.submit(greedy.generate, "a ring", seed=seed, **asked) for seed in range(16)]
             until_taken(crowded, 1)
             assert other.generate("a circle", steps=5, priority=5).images
