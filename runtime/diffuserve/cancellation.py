@@ -12,7 +12,7 @@ __all__ = ["CancelWatch", "Cancellable"]
 _log: Final = logging.getLogger(__name__)
 
 _REST_S: Final = 0.005
-_RESTS_PER_ROUND: Final = 25
+_RESTS_PER_ROUND: Final = 10
 
 
 class Cancellable(Protocol):
@@ -25,10 +25,8 @@ class CancelWatch:
     """Asks all that are watched, over and over, so that nobody else waits for an answer.
 
     Asking crosses to the server's process and takes about 0.1 ms: with 16 requests under way it took 1.5 ms of every
-    step on the loop's thread, while the engine stood still. Here a twenty-fifth of one thread's time is spent on
-    asking: one request is asked every 5 ms, 16 are asked every 40 ms, within one step of an engine that steps so many
-    on a GPU. (A tenth was more than a third of all the processor time that was not the engines': each question wakes
-    three threads several times.)
+    step on the loop's thread, while the engine stood still. Here a tenth of one thread's time is spent on asking:
+    one request is asked every 5 ms, 16 are asked every 16 ms, within one step of most engines.
     """
 
     def __init__(self) -> None:

@@ -100,9 +100,9 @@ def test_cancelled_rows_are_gone_before_the_next_step(logged: Logged) -> None:
     stays.wait()
     after = logged.unet_rows()[left_at:]
     # The call under way, and what was called while the cancel travelled to the server.
-    assert after.count(3) <= 3
-    assert after[4:]
-    assert set(after[4:]) == {1}
+    assert after.count(3) <= 6  # a call of these takes a few milliseconds
+    assert after[7:]
+    assert set(after[7:]) == {1}
 
 
 def test_a_deadline_that_can_not_be_met_is_refused_at_once_while_the_server_is_full(logged: Logged) -> None:
