@@ -99,8 +99,8 @@ def export_checkpoint(options: ExportOptions, report: Report | None = None) -> M
         if manifest := workspace.current(plan.name, key):
             report.note(f"{plan.name} is up to date in {options.out}")
             return manifest
-        _check_disk(options.out, plan.bytes_needed)
-        _check_disk(options.engine.cache_folder, plan.engine_bytes)
+        _check_disk(options.out, plan.bytes_needed, "--out")
+        _check_disk(options.engine.cache_folder, plan.engine_bytes, "DIFFUSERVE_CACHE")
         # Imported here because it brings transformers: a run that is up to date takes no second.
         from diffuserve_export.assembly import assemble
 
@@ -114,7 +114,7 @@ def export_checkpoint(options: ExportOptions, report: Report | None = None) -> M
                 raise
             raise ExportError(
                 f"{error.filename or options.out} cannot be written: {error.strerror}; the export needs "
-                f"{plan.bytes_needed / 1e9:.2f} GB"
+                f"{plan.bytes_needed / 1e9:.2f} GB; free some, or name a folder on another disk by --out"
             ) from error
         return manifest
 
@@ -163,8 +163,11 @@ def _precision(checkpoint: Checkpoint, component: str, options: ExportOptions) -
     return options.vae_precision or ("fp32" if wide else precision)
 
 
-def _check_disk(folder: Path, needed: int) -> None:
-    """Raise ExportError where the disk of `folder`, which may have to be made yet, is too full."""
+def _check_disk(folder: Path, needed: int, setting: str) -> None:
+    """Raise ExportError where the disk of `folder`, which `setting` names and may have to be made yet, is too full."""
     free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
     if free < needed:
-        raise ExportError(f"{folder} has {free / 1e9:.2f} GB free, and the export needs {needed / 1e9:.2f} GB")
+        raise ExportError(
+            f"{folder} has {free / 1e9:.2f} GB free, and the export needs {needed / 1e9:.2f} GB there; free some, or "
+            f"name a folder on another disk by {setting}"
+        )

@@ -177,7 +177,7 @@ TENSORS = st.builds(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(data=st.data())
 def test_signed_nonsense_is_refused_or_fails_alone(served: Served, data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(list(places(served.facts))))

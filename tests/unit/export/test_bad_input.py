@@ -238,7 +238,7 @@ def test_weights_that_do_not_fit_their_config(checkpoint: Path, tmp_path: Path) 
 def test_too_little_disk(saved_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     line = refused("--checkpoint", str(saved_checkpoint), "--out", str(tmp_path / "out"))
-    assert re.search(r"has 0\.00 GB free, and the export needs 0\.\d\d GB", line)
+    assert re.search(r"has 0\.00 GB free, and the export needs 0\.\d\d GB there; .* by --out$", line)
     assert not (tmp_path / "out").exists()
 
 
@@ -250,6 +250,7 @@ def test_too_little_disk_for_engines(saved_checkpoint: Path, tmp_path: Path, mon
     arguments = ["--checkpoint", str(saved_checkpoint), "--target", "tensorrt-rtx", "--compute-capability", "89"]
     line = refused(*arguments, "--out", str(tmp_path / "out"))
     assert line.startswith(f"error: {cache / 'engines'} has 0.00 GB free, and the export needs")
+    assert line.endswith("by DIFFUSERVE_CACHE")
     assert not (tmp_path / "out").exists()
     assert list(cache.iterdir()) == []
 
