@@ -159,8 +159,8 @@ def test_every_metric_of_the_table_moves_under_load(watched: Watched) -> None:
     before = watched.samples()
     peaks: dict[str, float] = {}
     with scraping(watched, peaks), Client(watched.server.grpc_url) as client, ThreadPoolExecutor(8) as pool:
-        # Many large pictures take longer than the gauges' half second, and what matters less waits for all of them.
-        done = [pool.submit(client.generate, SECRET, steps=8, width=160, height=160, num_images=12)]
+        # Its steps take longer than the gauges' half second, and what matters less waits for all of them.
+        done = [pool.submit(client.generate, SECRET, steps=50, width=160, height=160, num_images=4)]
         assert eventually(lambda: peaks.get("diffuserve_requests_active"))
         done += [pool.submit(client.generate, f"{SECRET} {i}", steps=8, seed=i, priority=-50) for i in range(6)]
         with pytest.raises(InvalidArgumentError):
@@ -170,8 +170,7 @@ def test_every_metric_of_the_table_moves_under_load(watched: Watched) -> None:
         stream.close()
         for one in done:
             one.result()
-        brief = {"diffuserve_requests_waiting"}  # passed on every half second, so a quick machine may not show it
-        assert eventually(lambda: set(still(before, peaks)) <= brief), still(before, peaks)
+        assert eventually(lambda: not still(before, peaks)), still(before, peaks)
     assert eventually(
         lambda: (now := watched.samples())["diffuserve_requests_active"] == now["diffuserve_requests_waiting"] == 0
     )
