@@ -34,7 +34,7 @@ from diffuserve.engine import (
     Track,
     Trial,
 )
-from diffuserve.errors import CancelledError, DiffuserveError, DrainingError, InvalidArgumentError, NotFoundError
+from diffuserve.errors import CancelledError, DiffuserveError, DrainingError, InvalidArgumentError
 from diffuserve.first_latents import Given, begun
 from diffuserve.heartbeats import Heartbeats
 from diffuserve.images import encode_image, image_from_pixels
@@ -42,6 +42,7 @@ from diffuserve.job import Job, Reply
 from diffuserve.manifest import Deployment
 from diffuserve.previews import Previews
 from diffuserve.prompts import EmbeddingFolder
+from diffuserve.registry import CheckpointRegistry
 from diffuserve.request import GenerateRequest
 from diffuserve.snapshot import ImageState, Snapshot, decode_snapshot, encode_snapshot
 from diffuserve.spec import UNET
@@ -82,15 +83,16 @@ class DiffusionService:
     ) -> None:
         self._telemetry = telemetry or Telemetry()
         folder = EmbeddingFolder(embeddings or deployment.embeddings)
-        self._checkpoints = {name: Checkpoint(deployment, name, runner, folder) for name in deployment.checkpoints}
-        self._default = deployment.checkpoints[0]
+        self._checkpoints = CheckpointRegistry(
+            [Checkpoint(deployment, name, runner, folder) for name in deployment.checkpoints]
+        )
         self._policy = policy or StepPolicy(
             costs=StepCosts(), max_rows=self.max_rows, row_buckets=self.row_buckets, target_step=target_step
         )
         self.loop = DenoiseLoop(
             runner,
             self._policy,
-            {name: LoopCheckpoint(one.manifest.components[UNET]) for name, one in self._checkpoints.items()},
+            lambda name: LoopCheckpoint(self._checkpoints[name].manifest.components[UNET]),
             telemetry=self._telemetry,
             device=device,
             trials=self._trials() if calibrate else (),
@@ -174,7 +176,7 @@ class DiffusionService:
 
     def _begun(self, request: GenerateRequest) -> Snapshot:
         """A new request, with all of its images to be made."""
-        checkpoint = self._checkpoint(request.checkpoint)
+        checkpoint = self._checkpoints.find(request.checkpoint)
         resolved = checkpoint.resolve(request)
         return Snapshot(
             resolved=resolved,
@@ -188,7 +190,7 @@ class DiffusionService:
         """A request that was begun elsewhere, reported as this one asks."""
         snapshot = decode_snapshot(request.resume, self._key)
         resolved = snapshot.resolved
-        checkpoint = self._checkpoint(resolved.checkpoint)
+        checkpoint = self._checkpoints.find(resolved.checkpoint)
         if snapshot.weights != checkpoint.manifest.key:
             raise InvalidArgumentError(
                 f"the snapshot was taken of another export of {checkpoint.name}; resume it where the very same one is "
@@ -207,16 +209,6 @@ class DiffusionService:
             snapshot,
             resolved=checkpoint.with_pictures(replace(read, request=resolved.request.answered_as(request))),
         )
-
-    def _checkpoint(self, name: str | None) -> Checkpoint:
-        checkpoint = self._checkpoints.get(name or self._default)
-        if checkpoint is None:
-            raise NotFoundError(
-                f"checkpoint {(name or '')[:64]!r} is not deployed; deployed are {', '.join(self._checkpoints)}",
-                input="checkpoint",
-                deployed=tuple(self._checkpoints),
-            )
-        return checkpoint
 
     def _trials(self) -> Iterator[Trial]:
         """Calls that measure each checkpoint at the size that its engine is built for, the smallest first."""

@@ -49,14 +49,15 @@ class Trial:
 class DenoiseLoop:
     """Steps all joined tracks, batch by batch, on a thread of its own, until it is closed.
 
-    Whatever is raised in a step reaches the tracks of that step as an error, and the others go on.
+    `checkpoints` finds what it needs of one by its name. Whatever is raised in a step reaches the tracks of that step
+    as an error, and the others go on.
     """
 
     def __init__(
         self,
         runner: ComponentRunner,
         policy: StepPolicy,
-        checkpoints: Mapping[str, LoopCheckpoint],
+        checkpoints: Callable[[str], LoopCheckpoint],
         *,
         telemetry: Telemetry | None = None,
         device: torch.device | None = None,
@@ -202,7 +203,7 @@ class DenoiseLoop:
 
     def _step(self, tracks: Sequence[Track], rows: int) -> None:
         group, started, engine = tracks[0].group, self._clock(), 0.0
-        unet = self._checkpoints[group.checkpoint].unet
+        unet = self._checkpoints(group.checkpoint).unet
         trace = next((track.trace for track in tracks if track.trace is not None), None)
         self.calls += 1
         for track in tracks:
