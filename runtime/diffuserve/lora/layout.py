@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-__all__ = ["CONV", "LINEAR", "LORA", "LORA_INDEX", "LoraFactors", "LoraLayout", "LoraTarget", "layout_of"]
+__all__ = ["CONV", "LINEAR", "LORA", "LORA_INDEX", "Layer", "LoraFactors", "LoraLayout", "LoraTarget", "layout_of"]
 
 #: Names of the two inputs of an engine with LoRA.
 LORA: Final = "lora"
@@ -117,11 +117,23 @@ class LoraLayout:
         return cls(raw["rank"], raw["adapters"], tuple(LoraTarget(**one) for one in raw["targets"]))
 
 
-def layout_of(layers: Sequence[tuple[str, str, int, int]], rank: int, adapters: int) -> LoraLayout:
-    """Lay the layers' factors end to end. A layer is its path, kind, in_features and out_features."""
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer that is to be in a layout; see LoraTarget."""
+
+    path: str
+    kind: str
+    in_features: int
+    out_features: int
+
+
+def layout_of(groups: Sequence[Sequence[Layer]], rank: int, adapters: int) -> LoraLayout:
+    """Lay the layers' factors end to end. Of a group of layers, which read the same tensor, the downs come first."""
     targets, end = list[LoraTarget](), 0
-    for path, kind, width_in, width_out in layers:
-        up = end + rank * width_in
-        targets.append(LoraTarget(path, kind, width_in, width_out, end, up))
-        end = up + rank * width_out
+    for group in groups:
+        up = end + rank * sum(one.in_features for one in group)
+        for one in group:
+            targets.append(LoraTarget(one.path, one.kind, one.in_features, one.out_features, end, up))
+            end, up = end + rank * one.in_features, up + rank * one.out_features
+        end = up
     return LoraLayout(rank, adapters, tuple(targets))

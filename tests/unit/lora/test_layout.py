@@ -11,17 +11,31 @@ import pytest
 import torch
 
 from diffuserve.lora import LoraLayout, LoraTarget
-from diffuserve.lora.layout import CONV, LINEAR, layout_of
+from diffuserve.lora.layout import CONV, LINEAR, Layer, layout_of
 from diffuserve.manifest import Deployment
 from diffuserve.spec import TEXT_ENCODER, UNET
 from unit.fakes import write_deployment
 
-LAYERS = [("attn.to_q", LINEAR, 3, 5), ("attn.to_k", LINEAR, 7, 5), ("proj_in", CONV, 4, 4)]
-LAYOUT = layout_of(LAYERS, rank=2, adapters=9)
+GROUPS = [
+    [Layer("attn.to_q", LINEAR, 3, 5)],
+    [Layer("attn.to_k", LINEAR, 7, 5), Layer("attn.to_v", LINEAR, 7, 6)],
+    [Layer("proj_in", CONV, 4, 4)],
+]
+LAYOUT = layout_of(GROUPS, rank=2, adapters=9)
+
+
+def test_downs_of_layers_that_read_the_same_lie_side_by_side() -> None:
+    places = {one.path: (one.down, one.up) for one in LAYOUT.targets}
+    assert places == {
+        "attn.to_q": (0, 6),
+        "attn.to_k": (16, 44),
+        "attn.to_v": (30, 54),
+        "proj_in": (66, 74),
+    }
 
 
 def test_every_number_of_an_adapter_has_one_place() -> None:
-    assert LAYOUT.size == 2 * (3 + 5 + 7 + 5 + 4 + 4)
+    assert LAYOUT.size == 2 * (3 + 5 + 7 + 5 + 7 + 6 + 4 + 4)
     vector = torch.zeros(LAYOUT.size)
     for factors in LAYOUT.factors(vector).values():
         factors.down[:] += 1
@@ -42,8 +56,8 @@ def test_factors_are_views_of_the_vector(make: Any) -> None:
 
 
 def test_a_vector_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"56 numbers, not of shape \[57\]"):
-        LAYOUT.factors(torch.zeros(57))
+    with pytest.raises(ValueError, match=r"82 numbers, not of shape \[83\]"):
+        LAYOUT.factors(torch.zeros(83))
 
 
 @pytest.mark.parametrize("change", [{"down": 1}, {"up": 4}, {"in_features": 4}, {"path": "attn.to_k"}])
