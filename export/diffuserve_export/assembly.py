@@ -60,12 +60,21 @@ def _triton_model(plan: Plan, component: str, graph: Graph, folder: Path, report
         component_model_from_onnx(folder, graph.ports)
     else:
         report.stage(component, "building")
-        model = GpuModel(plan.target, graph.precision, component, graph.ports, _ranges(plan, component), plan.engine)
+        model = GpuModel(plan.target, graph.precision, component, graph.ports, _ranges(plan, component, graph), plan.engine)
         engine = gpu_model_from_onnx(folder, model, report.note)
     sha256, size = (engine.sha256, engine.bytes) if engine else _hash_and_bytes(onnx_files(graph.path))
     inputs, outputs = graph.ports
     return Component(
-        folder.name, inputs, outputs, sha256, size, engine, graph.precision, graph.float32, graph.quantization
+        folder.name,
+        inputs,
+        outputs,
+        sha256,
+        size,
+        engine,
+        graph.precision,
+        graph.float32,
+        graph.quantization,
+        graph.lora,
     )
 
 
@@ -73,10 +82,11 @@ def _hash_and_bytes(files: list[Path]) -> tuple[str, int]:
     return sha256_of(files), sum(file.stat().st_size for file in files)
 
 
-def _ranges(plan: Plan, component: str) -> ShapeRanges:
+def _ranges(plan: Plan, component: str, graph: Graph) -> ShapeRanges:
     size = plan.vae_size if component in VAE_COMPONENTS else plan.size
     rows = Range(1, 1, 1) if component == PREVIEW_DECODER else plan.rows  # previews are made one by one
-    return ShapeRanges(size, rows, plan.checkpoint.latent_scale, plan.checkpoint.token_limit, {})
+    others = {"adapters": Range(1, 2, graph.lora.adapters)} if graph.lora else {}
+    return ShapeRanges(size, rows, plan.checkpoint.latent_scale, plan.checkpoint.token_limit, others)
 
 
 def _manifest(plan: Plan, key: str, components: dict[str, Component], colours: LatentColours) -> Manifest:

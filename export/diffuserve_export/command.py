@@ -76,6 +76,7 @@ def main(
         int, typer.Option(help="pixels of the largest side that is decoded in one piece; 0: what the family allows")
     ] = 0,
     preview_vae: Annotated[Path | None, typer.Option(help="the folder of an AutoencoderTiny for previews")] = None,
+    lora_rank: Annotated[int, typer.Option(help="rank of the LoRA adapters that requests may bring; 0: none")] = 0,
     compute_capability: Annotated[
         str, typer.Option(help="tensorrt-rtx: the cards, like 80,86,89,120 [default: this machine's]")
     ] = "",
@@ -116,6 +117,7 @@ def main(
             max_rows=max_rows,
             vae_tile=vae_tile,
             preview_vae=preview_vae,
+            lora_rank=lora_rank,
             engine=EngineOptions(
                 compute_capability=compute_capability,
                 workspace_gb=workspace,

@@ -54,6 +54,8 @@ class Plan:
     builder: dict[str, Any]
     #: None where nothing is quantized.
     quantize: QuantizePlan | None = None
+    #: Of adapters, 0 where none are taken.
+    lora_rank: int = 0
 
     def facts(self) -> dict[str, Any]:
         """What enters the key besides the checkpoint's files."""
@@ -62,7 +64,8 @@ class Plan:
         engine = {"engine": self.engine.facts(), "builder": self.builder}
         weights = type(self.checkpoint.weights).__name__, getattr(self.checkpoint.weights, "seed", None)
         quantize = {"quantize": asdict(self.quantize)} if self.quantize else {}
-        return {**options, **ranges, **engine, **quantize, "family": self.checkpoint.family.name, "weights": weights}
+        lora = {"lora_rank": self.lora_rank} if self.lora_rank else {}
+        return {**options, **ranges, **engine, **quantize, **lora, "family": self.checkpoint.family.name, "weights": weights}
 
     @property
     def graph_bytes(self) -> dict[str, int]:
@@ -141,6 +144,7 @@ def plan_export(options: ExportOptions) -> Plan:
         engine=options.engine,
         builder=builder_facts(options.target, options.engine),
         quantize=plan_quantization(checkpoint, options.quantize) if options.precision in QUANTIZED else None,
+        lora_rank=options.lora_rank,
     )
 
 

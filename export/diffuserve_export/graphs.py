@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from diffuserve.lora.layout import LoraLayout
 from diffuserve.manifest import LatentColours, Quantization
-from diffuserve.spec import VAE_DECODER, device_kind
+from diffuserve.spec import UNET, VAE_DECODER, device_kind
 from diffuserve_export.attention import score_in_parts
 from diffuserve_export.checkpoint import part_of
 from diffuserve_export.colours import colours_of
 from diffuserve_export.graph_types import check_types
+from diffuserve_export.lora import add_lora, lora_layout
 from diffuserve_export.modules import module_of
 from diffuserve_export.onnx_graph import onnx_from_component
 from diffuserve_export.options import QUANTIZED
-from diffuserve_export.ports import Ports, ports_of
-from diffuserve_export.precision import Islands, cast_module, find_islands, float32_reference, within_half
+from diffuserve_export.ports import Ports, ports_of, with_lora
+from diffuserve_export.precision import DTYPES, Islands, cast_module, find_islands, float32_reference, within_half
 from diffuserve_export.quantize.layers import QUANTIZED_OPSET
 from diffuserve_export.quantize.unet import quantized_unet
 from diffuserve_export.report import Report
@@ -45,7 +47,8 @@ class Graph:
     """An ONNX file, weights beside it where they are large, that was found to compute what torch does.
 
     `precision` is what it computes in, but for the modules named in `float32`; `quantization` says where a quantized
-    one does. `ports` are in that precision too, or in half. `colours` are of the autoencoder's decoder.
+    one does. `ports` are in that precision too, or in half. `colours` are of the autoencoder's decoder. `lora` is of a
+    component that takes adapters.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Graph:
     float32: tuple[str, ...]
     quantization: Quantization | None = None
     colours: LatentColours | None = None
+    lora: LoraLayout | None = None
 
 
 def graph_from_component(plan: Plan, component: str, path: Path, report: Report) -> Graph:
@@ -72,11 +76,15 @@ def graph_from_component(plan: Plan, component: str, path: Path, report: Report)
     plain = [example_inputs(checkpoint, ports_of(checkpoint)[component][0], sides) for sides in shapes]
     whole = "fp16" if wanted in QUANTIZED else wanted
     islands = _islands(module, component, plain, whole, report)
+    precision = "fp32" if islands.whole else whole
+    ports = ports_of(checkpoint, {component: precision})[component]
+    lora = _layout(plan, module, component, precision)
     quantized = quantized_unet(plan, module, islands.modules, report) if wanted in QUANTIZED else None
     module = quantized.module if quantized else module
-    precision = "fp32" if islands.whole else whole
+    if lora:
+        add_lora(module, lora)
+        ports = with_lora(ports, lora.size)
     handles = cast_module(module, precision, islands)
-    ports = ports_of(checkpoint, {component: precision})[component]
     report.stage(component, "exporting")
     example = example_inputs(checkpoint, ports[0], example_shape(checkpoint))
     onnx_from_component(module, ports, example, path, QUANTIZED_OPSET if quantized else plan.opset)
@@ -93,8 +101,15 @@ def graph_from_component(plan: Plan, component: str, path: Path, report: Report)
     report.verified(verify_onnx(path, component, ports, feeds, expected, tolerance, optimized=not on_device))
     names = islands.names if precision != "fp32" else ()
     if verdict is None:
-        return Graph(path, ports, precision, names, colours=colours)
-    return Graph(path, ports, wanted, names, verdict(path, ports, report))
+        return Graph(path, ports, precision, names, colours=colours, lora=lora)
+    return Graph(path, ports, wanted, names, verdict(path, ports, report), lora=lora)
+
+
+def _layout(plan: Plan, module: nn.Module, component: str, precision: str) -> LoraLayout | None:
+    """None where the component takes no adapters."""
+    if not plan.lora_rank or component not in (UNET, *plan.checkpoint.family.encoders):
+        return None
+    return lora_layout(module, plan.lora_rank, plan.rows.max, DTYPES[precision].itemsize)
 
 
 def _islands(

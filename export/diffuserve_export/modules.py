@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffuserve.spec import PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER
 from diffuserve_export.checkpoint import Checkpoint, part_of
+from diffuserve_export.lora import Adapters
 from diffuserve_export.weights import load_part
 
 __all__ = ["TextEncoder", "UNet", "VaeDecoder", "VaeEncoder", "module_of"]
@@ -43,7 +44,7 @@ class TextEncoder(nn.Module):
     `hidden_states` [rows,77,D] are of the family's layer: -1 is the last one after the final layer norm, -2 the one
     before it as it is. A row's `clip_skip`, 0 to `most_skipped`, counts layers back from there; the norm stays, as in
     diffusers. `pooled` [rows,D] is of the last layer always, and projected where the encoder has a projection. Ids
-    beyond the vocabulary are of `embeddings`, which has one row at least.
+    beyond the vocabulary are of `embeddings`, which has one row at least. With adapters, `lora` and `lora_index` follow.
     """
 
     def __init__(self, model: Any, hidden_layer: int, most_skipped: int) -> None:
@@ -56,8 +57,13 @@ class TextEncoder(nn.Module):
             text_model.eos_token_id = text_model.config.vocab_size - 1
         self.vocabulary = text_model.embeddings.token_embedding = _Vocabulary(text_model.embeddings.token_embedding)
         self.norm = text_model.final_layer_norm
+        self.adapters: Adapters | None = None
 
-    def forward(self, input_ids: Tensor, clip_skip: Tensor, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input_ids: Tensor, clip_skip: Tensor, embeddings: Tensor, *further: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.adapters:
+            self.adapters.take(further)
         self.vocabulary.further[:] = [embeddings]
         # The exporter has no kernel for the argmax over int32 that finds the last token, hence int64 inside.
         output = self.model(input_ids.to(torch.int64), output_hidden_states=True)
@@ -85,19 +91,21 @@ class UNet(nn.Module):
     """`sample` [rows,C,h,w], `timestep` FP32 [rows], `encoder_hidden_states` [rows,tokens,D] -> `model_output`.
 
     Each row has its own timestep. `model_output` has the latents' shape. Further inputs, by what the UNet has:
-    `text_embeds` [rows,P] and `time_ids` FP32 [rows,6]; `timestep_cond` [rows,E].
+    `text_embeds` [rows,P] and `time_ids` FP32 [rows,6]; `timestep_cond` [rows,E]; last, with adapters, `lora` and
+    `lora_index`.
     """
 
     def __init__(self, model: UNet2DConditionModel) -> None:
         super().__init__()
         self.model = model
+        self.adapters: Adapters | None = None
         self.takes_time_ids = model.config.addition_embed_type == "text_time"
         if self.takes_time_ids:
             # diffusers concatenates the float32 embedding of `time_ids` with `text_embeds`, whatever that is in.
             model.add_time_proj = _InTypeOf(model.add_time_proj, lambda: model.add_embedding.linear_1.weight)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *further: Tensor) -> Tensor:
-        added, rest = {}, list(further)
+        added, rest = {}, self.adapters.take(further) if self.adapters else list(further)
         if self.takes_time_ids:
             added = {"text_embeds": rest.pop(0), "time_ids": rest.pop(0)}
         output: Tensor = self.model(

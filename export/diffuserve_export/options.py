@@ -25,6 +25,7 @@ __all__ = [
 
 DEFAULT_MAX_ROWS: Final = 64
 DEFAULT_OPT_ROWS: Final = 8
+_MOST_LORA_RANK: Final = 128
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _SIZES: Final = re.compile(r"(\d{1,6}):(\d{1,6}):(\d{1,6})")
 #: Precisions of a whole graph.
@@ -69,7 +70,8 @@ class ExportOptions:
     deployment; by default it comes from the checkpoint. `sizes` is "min:opt:max" in pixels, by default what the
     family allows for the checkpoint's own size. `max_rows` bounds the rows of one UNet call. `vae_tile` is the largest
     side in pixels that the autoencoder takes in one piece, by default what the family allows; larger pictures go
-    through it in tiles. `preview_vae` is the folder of a diffusers AutoencoderTiny for previews. `vae_precision` is the
+    through it in tiles. `preview_vae` is the folder of a diffusers AutoencoderTiny for previews. With a `lora_rank`, UNet
+    and text encoders take LoRA adapters of that rank as inputs. `vae_precision` is the
     autoencoder's, by default `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU
     targets, `quantize` for the quantized precisions. Raises OptionError.
     """
@@ -88,6 +90,7 @@ class ExportOptions:
     max_rows: int = DEFAULT_MAX_ROWS
     vae_tile: int = 0
     preview_vae: Path | None = None
+    lora_rank: int = 0
     engine: EngineOptions = field(default_factory=EngineOptions)
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
 
@@ -100,6 +103,15 @@ class ExportOptions:
             raise OptionError(f"max-rows is {self.max_rows}, and must be at least 1")
         if self.vae_tile < 0:
             raise OptionError(f"vae-tile is {self.vae_tile}, and must be pixels, or 0 for what the family allows")
+        if not 0 <= self.lora_rank <= _MOST_LORA_RANK:
+            raise OptionError(
+                f"lora-rank is {self.lora_rank}, and must be 1 to {_MOST_LORA_RANK}, or 0 for engines without adapters"
+            )
+        if self.lora_rank and self.engine.cuda_graphs:
+            raise OptionError(
+                "CUDA graphs are for calls of one shape, and with a lora-rank the number of adapters varies; leave out "
+                "cuda-graphs or lora-rank"
+            )
         if self.preview_vae and not self.preview_vae.is_dir():
             raise OptionError(
                 f"preview-vae is {self.preview_vae}, and must be the folder of a diffusers AutoencoderTiny"

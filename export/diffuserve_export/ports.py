@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Final
 
 from diffuserve.errors import InvalidArgumentError
+from diffuserve.lora.layout import LORA, LORA_INDEX
 from diffuserve.manifest import Range, TensorShape
 from diffuserve.spec import (
     CLIP_SKIP,
@@ -23,7 +24,7 @@ from diffuserve_export.checkpoint import Checkpoint, Part
 from diffuserve_export.errors import OptionError
 from diffuserve_export.options import DEFAULT_OPT_ROWS, ExportOptions
 
-__all__ = ["DATATYPES", "Ports", "ports_of", "row_range", "size_range", "vae_range"]
+__all__ = ["DATATYPES", "Ports", "ports_of", "with_lora", "row_range", "size_range", "vae_range"]
 
 Ports = tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]
 #: Triton's names of the precisions.
@@ -54,6 +55,13 @@ def ports_of(checkpoint: Checkpoint, precisions: Mapping[str, str] = MappingProx
             (TensorShape("moments", types[VAE_ENCODER], ("rows", 2 * channels, *_LATENT_SIDES)),),
         ),
     }
+
+
+def with_lora(ports: Ports, size: int) -> Ports:
+    """The ports of a component that takes adapters of `size` numbers, in the precision of its output."""
+    inputs, outputs = ports
+    lora = TensorShape(LORA, outputs[0].datatype, ("adapters", size)), TensorShape(LORA_INDEX, "INT64", ("rows",))
+    return (*inputs, *lora), outputs
 
 
 def _decoder_ports(channels: int, datatype: str) -> Ports:

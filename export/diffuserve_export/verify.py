@@ -13,6 +13,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from diffuserve.lora.layout import LORA, LORA_INDEX
 from diffuserve.manifest import Range, TensorShape
 from diffuserve.spec import CLIP_SKIP, INPUT_IDS
 from diffuserve_export.checkpoint import Checkpoint
@@ -38,7 +39,12 @@ TOLERANCE: Final = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-2, "int8": 5e-2, "fp8
 _SEED: Final = 20
 #: The longest side that a graph is verified at, in latents: a full-size model's own would take minutes on a CPU.
 _LARGEST_SIDE: Final = 32
-_DTYPES: Final = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32}
+_DTYPES: Final = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16} | {
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+}
+#: Of an adapter's numbers: with them, LoRA adds about half as much to a layer's output as there is.
+_LORA_SPREAD: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,7 @@ def _sides(checkpoint: Checkpoint, *, rows: int, chunks: int, height: int, width
         "rows": rows,
         "tokens": chunks * checkpoint.token_limit,
         "vectors": 2 * rows - 1,
+        "adapters": rows + 1,
         "height": height,
         "width": width,
         "latent_height": height // scale,
@@ -85,7 +92,8 @@ def _sides(checkpoint: Checkpoint, *, rows: int, chunks: int, height: int, width
 def example_inputs(checkpoint: Checkpoint, inputs: Sequence[TensorShape], sides: Sides) -> list[Tensor]:
     """Seeded inputs like those of a service: token ids with an end, timesteps of a schedule, pictures, noise.
 
-    The first and the last row have a token of `embeddings`, and leave out no layer and as many as they may.
+    The first and the last row have a token of `embeddings`, and leave out no layer and as many as they may. Rows count
+    adapters down from the last, but for one that has none where there are several.
     """
     generator = torch.Generator().manual_seed(_SEED)
     vocabulary = min(int(checkpoint.parts[name].config["vocab_size"]) for name in checkpoint.family.encoders)
@@ -100,6 +108,12 @@ def example_inputs(checkpoint: Checkpoint, inputs: Sequence[TensorShape], sides:
             tensor[0, 1], tensor[-1, 2] = vocabulary, vocabulary + sides["vectors"] - 1
         elif port.name == CLIP_SKIP:
             tensor = torch.linspace(0, checkpoint.clip_skip, shape[0])
+        elif port.name == LORA:
+            tensor = torch.randn(shape, generator=generator) * _LORA_SPREAD
+            tensor[0] = 0
+        elif port.name == LORA_INDEX:
+            tensor = torch.arange(shape[0], 0, -1)
+            tensor[1:2] = 0
         elif port.name == "timestep":
             tensor = torch.rand(shape, generator=generator) * 999
         elif port.name == "time_ids":

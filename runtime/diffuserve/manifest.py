@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
+from diffuserve.lora.layout import LoraLayout
 from diffuserve.profiles import EngineFacts, Range
 from diffuserve.spec import DEFAULT_STEPS, MOST_CLIP_SKIP, PROMPT_CHUNKS, VAE_COMPONENTS
 
@@ -75,7 +76,8 @@ class Component:
 
     `sha256` and `bytes` are of its weights and graph, or of its engine; `engine` says more of that. `precision` is what
     it computes in, but for the modules named in `float32`, whose activations need the range; in a quantized one, that
-    of the layers that `quantization` names, and half precision elsewhere.
+    of the layers that `quantization` names, and half precision elsewhere. `lora` says what its input of that name
+    holds; None where it takes no adapters.
     """
 
     model: str
@@ -87,6 +89,7 @@ class Component:
     precision: str = "fp32"
     float32: tuple[str, ...] = ()
     quantization: Quantization | None = None
+    lora: LoraLayout | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +227,7 @@ def _component(raw: dict[str, Any]) -> Component:
         precision=raw["precision"],
         float32=tuple(raw["float32"]),
         quantization=_quantization(raw["quantization"]) if raw.get("quantization") else None,
+        lora=LoraLayout.from_dict(raw["lora"]) if raw.get("lora") else None,
     )
 
 

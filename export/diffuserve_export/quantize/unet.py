@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
+from diffuserve.lora.layout import LORA, LORA_INDEX
 from diffuserve.manifest import Quantization
 from diffuserve.spec import UNET
 from diffuserve_export.errors import ExportError
@@ -31,7 +32,7 @@ __all__ = ["Judge", "QuantizedUNet", "graph_run", "module_run", "quantized_unet"
 
 # The seed of the first picture to judge by. Those to calibrate with begin at 0: no noise is seen twice.
 _JUDGED_SEED: Final = 1_000_000
-_DTYPES: Final = {"FP32": torch.float32, "FP16": torch.float16}
+_DTYPES: Final = {"FP32": torch.float32, "FP16": torch.float16, "INT64": torch.int64}
 
 
 class Judge:
@@ -142,7 +143,16 @@ def graph_run(path: Path, ports: Ports) -> Run:
     session = open_graph(path, optimized=False)
 
     def run(inputs: Sequence[Tensor]) -> Tensor:
-        typed = {port.name: one.to(_DTYPES[port.datatype]).numpy() for port, one in zip(ports[0], inputs, strict=True)}
+        typed = {
+            port.name: one.to(_DTYPES[port.datatype]).numpy()
+            for port, one in zip(ports[0], (*inputs, *_no_adapters(ports, len(inputs[0]))), strict=True)
+        }
         return torch.from_numpy(session.run(None, typed)[0])
 
     return run
+
+
+def _no_adapters(ports: Ports, rows: int) -> list[Tensor]:
+    """What a graph with adapters takes besides, where no row has one."""
+    shapes = {LORA: lambda port: (1, port.shape[1]), LORA_INDEX: lambda _: (rows,)}
+    return [torch.zeros(shapes[port.name](port)) for port in ports[0] if port.name in shapes]
