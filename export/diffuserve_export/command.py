@@ -76,6 +76,9 @@ def main(
         int, typer.Option(help="pixels of the largest side that is decoded in one piece; 0: what the family allows")
     ] = 0,
     preview_vae: Annotated[Path | None, typer.Option(help="the folder of an AutoencoderTiny for previews")] = None,
+    controlnet: Annotated[
+        str, typer.Option(help="a ControlNet to build in: a diffusers folder, a .safetensors file, or a hub id")
+    ] = "",
     compute_capability: Annotated[
         str, typer.Option(help="tensorrt-rtx: the cards, like 80,86,89,120 [default: this machine's]")
     ] = "",
@@ -116,6 +119,7 @@ def main(
             max_rows=max_rows,
             vae_tile=vae_tile,
             preview_vae=preview_vae,
+            controlnet=controlnet,
             engine=EngineOptions(
                 compute_capability=compute_capability,
                 workspace_gb=workspace,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffuserve.manifest import Range, TensorShape
-from diffuserve.spec import CLIP_SKIP, INPUT_IDS
+from diffuserve.spec import CLIP_SKIP, CONTROL, CONTROL_SCALE, INPUT_IDS
 from diffuserve_export.checkpoint import Checkpoint
 from diffuserve_export.errors import VerificationError
 from diffuserve_export.float32_copy import float32_copy
@@ -85,7 +85,8 @@ def _sides(checkpoint: Checkpoint, *, rows: int, chunks: int, height: int, width
 def example_inputs(checkpoint: Checkpoint, inputs: Sequence[TensorShape], sides: Sides) -> list[Tensor]:
     """Seeded inputs like those of a service: token ids with an end, timesteps of a schedule, pictures, noise.
 
-    The first and the last row have a token of `embeddings`, and leave out no layer and as many as they may.
+    The first and the last row have a token of `embeddings`, and leave out no layer and as many as they may. A
+    ControlNet counts in full in the first row and not at all in the last of several.
     """
     generator = torch.Generator().manual_seed(_SEED)
     vocabulary = min(int(checkpoint.parts[name].config["vocab_size"]) for name in checkpoint.family.encoders)
@@ -104,6 +105,10 @@ def example_inputs(checkpoint: Checkpoint, inputs: Sequence[TensorShape], sides:
             tensor = torch.rand(shape, generator=generator) * 999
         elif port.name == "time_ids":
             tensor = torch.rand(shape, generator=generator) * 1024
+        elif port.name == CONTROL:
+            tensor = torch.rand(shape, generator=generator)
+        elif port.name == CONTROL_SCALE:
+            tensor = torch.linspace(1, 0, shape[0])
         elif port.name in ("pixels", "timestep_cond"):
             tensor = torch.rand(shape, generator=generator) * 2 - 1
         else:
