@@ -25,7 +25,9 @@ def random_controlnet(unet: UNet2DConditionModel, levels: int = 2, **changed: An
         unet, conditioning_embedding_out_channels=(4, 8, 8, 8)[:levels], load_weights_from_unet=False
     )
     made = ControlNetModel.from_config({**made.config, "in_channels": 4, **changed})
-    for name, parameter in made.named_parameters():  # as they are made, what it adds is zero
-        if name.startswith(("controlnet_down_blocks", "controlnet_mid_block", "controlnet_cond_embedding.conv_out")):
-            torch.nn.init.normal_(parameter, std=0.2)
+    # As they are made, what it adds is zero, and what it sees of a picture is little.
+    spreads = {"controlnet_down_blocks": 0.2, "controlnet_mid_block": 0.2, "controlnet_cond_embedding": 0.6}
+    for name, parameter in made.named_parameters():
+        if spread := spreads.get(name.split(".")[0]):
+            torch.nn.init.normal_(parameter, std=spread)
     return made
