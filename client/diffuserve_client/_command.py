@@ -116,6 +116,10 @@ def generate(
         Path | None, typer.Option(help="A picture of INIT_IMAGE's size: white is made anew, black is kept.")
     ] = None,
     strength: Annotated[float | None, typer.Option(help="Above 0 to 1: how much of INIT_IMAGE is made anew.")] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="A picture for the checkpoint's ControlNet: PNG, JPEG or WebP.")
+    ] = None,
+    control_scale: Annotated[float | None, typer.Option(help="0 to 2: how much CONTROL counts.")] = None,
     image_format: Annotated[
         str | None, typer.Option("--format", help="png, jpeg or webp; else what the file's suffix says.")
     ] = None,
@@ -145,13 +149,14 @@ def generate(
         "seed": seed,
         "num_images": num_images,
         "strength": strength,
+        "control_scale": control_scale,
         "priority": priority,
         "deadline_ms": deadline_ms,
         "client_tag": client_tag,
         "preview_every": preview_every,
     }
     with _errors_as_exit_codes():
-        pictures = {"init_image": init_image, "mask_image": mask}
+        pictures = {"init_image": init_image, "mask_image": mask, "control_image": control}
         given |= {name: _read(path) for name, path in pictures.items() if path is not None}
         request = GenerateRequest(
             prompt=prompt,

@@ -42,6 +42,8 @@ class GenerateParameters(ResumeParameters, total=False):
     init_image: bytes
     mask_image: bytes
     strength: float
+    control_image: bytes
+    control_scale: float
     image_format: str
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from diffuserve.manifest import Component, Conditioning, Encoder, LatentColours, Manifest, Range
 from diffuserve.spec import PREVIEW_DECODER, VAE_COMPONENTS, VAE_DECODER, device_kind
-from diffuserve_export.checkpoint import Checkpoint
+from diffuserve_export.checkpoint import CONTROLNET, Checkpoint
 from diffuserve_export.component_model import GRAPH_FILE, component_model_from_onnx
 from diffuserve_export.engines.build import onnx_files, sha256_of
 from diffuserve_export.engines.model import GpuModel, check_memory, gpu_model_from_onnx
@@ -128,4 +128,5 @@ def _conditioning(checkpoint: Checkpoint) -> Conditioning:
         sample=family.sample,
         guidance_embedding=checkpoint.guidance_embedding,
         clip_skip=checkpoint.clip_skip,
+        control=CONTROLNET in checkpoint.parts,
     )

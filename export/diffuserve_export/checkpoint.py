@@ -11,6 +11,7 @@ from diffuserve.spec import MOST_CLIP_SKIP, PREVIEW_DECODER, UNET, VAE_DECODER, 
 from diffuserve_export.errors import CheckpointError
 
 __all__ = [
+    "CONTROLNET",
     "PART_OF",
     "PREVIEW_VAE",
     "SERVING_DEFAULTS",
@@ -32,6 +33,8 @@ _TIME_IDS_EMBEDDING: Final = "text_time"
 
 #: The part that a checkpoint has where one was given for previews.
 PREVIEW_VAE: Final = "preview_vae"
+#: The part that a checkpoint has where a ControlNet was given; its component is the UNet.
+CONTROLNET: Final = "controlnet"
 PART_OF: Final = {VAE_DECODER: "vae", VAE_ENCODER: "vae", PREVIEW_DECODER: PREVIEW_VAE}
 
 
@@ -66,7 +69,7 @@ Weights = FolderWeights | SingleFileWeights | RandomWeights
 class Part:
     """One of the checkpoint's models. `variant` is what diffusers calls it: None, or "fp16".
 
-    `folder` is where it lies if that is not in the checkpoint.
+    `folder` is where it lies if that is not in the checkpoint, or `file` if it is a single file.
     """
 
     name: str
@@ -76,6 +79,7 @@ class Part:
     files: tuple[Path, ...]
     parameters: int
     folder: Path | None = None
+    file: Path | None = None
 
     @property
     def pickled(self) -> bool:
@@ -104,6 +108,11 @@ class Checkpoint:
     @property
     def components(self) -> tuple[str, ...]:
         return (*self.family.components, *((PREVIEW_DECODER,) if PREVIEW_VAE in self.parts else ()))
+
+    def parameters_of(self, component: str) -> int:
+        """How many weights a component holds."""
+        names = (UNET, CONTROLNET) if component == UNET else (part_of(component),)
+        return sum(self.parts[name].parameters for name in names if name in self.parts)
 
     @property
     def latent_channels(self) -> int:

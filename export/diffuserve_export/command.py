@@ -77,6 +77,9 @@ def main(
     ] = 0,
     preview_vae: Annotated[Path | None, typer.Option(help="the folder of an AutoencoderTiny for previews")] = None,
     lora_rank: Annotated[int, typer.Option(help="rank of the LoRA adapters that requests may bring; 0: none")] = 0,
+    controlnet: Annotated[
+        str, typer.Option(help="a ControlNet to build in: a diffusers folder, a .safetensors file, or a hub id")
+    ] = "",
     compute_capability: Annotated[
         str, typer.Option(help="tensorrt-rtx: the cards, like 80,86,89,120 [default: this machine's]")
     ] = "",
@@ -118,6 +121,7 @@ def main(
             vae_tile=vae_tile,
             preview_vae=preview_vae,
             lora_rank=lora_rank,
+            controlnet=controlnet,
             engine=EngineOptions(
                 compute_capability=compute_capability,
                 workspace_gb=workspace,

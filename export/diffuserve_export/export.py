@@ -12,11 +12,12 @@ from typing import Any
 from diffuserve.manifest import Manifest, Range
 from diffuserve.spec import UNET
 from diffuserve_export.checkpoint import Checkpoint, part_of
+from diffuserve_export.controlnet import with_controlnet
 from diffuserve_export.digests import export_key
 from diffuserve_export.engines.device import builder_facts
 from diffuserve_export.engines.options import EngineOptions
 from diffuserve_export.errors import CheckpointError, ExportError
-from diffuserve_export.hub import find_checkpoint
+from diffuserve_export.hub import find_checkpoint, find_controlnet
 from diffuserve_export.options import QUANTIZED, TARGETS, ExportOptions
 from diffuserve_export.ports import row_range, size_range, vae_range
 from diffuserve_export.quantize import QuantizePlan, plan_quantization
@@ -70,8 +71,8 @@ class Plan:
     @property
     def graph_bytes(self) -> dict[str, int]:
         """Of each component's weights."""
-        parts = {name: self.checkpoint.parts[part_of(name)] for name in self.precisions}
-        return {name: parts[name].parameters * _BYTES[precision] for name, precision in self.precisions.items()}
+        weights = {name: self.checkpoint.parameters_of(name) for name in self.precisions}
+        return {name: weights[name] * _BYTES[precision] for name, precision in self.precisions.items()}
 
     @property
     def engine_bytes(self) -> int:
@@ -127,6 +128,9 @@ def plan_export(options: ExportOptions) -> Plan:
     checkpoint = _open(options)
     if options.preview_vae:
         checkpoint = with_preview_vae(checkpoint, options.preview_vae, allow_pickle=options.allow_pickle)
+    if options.controlnet:
+        found = find_controlnet(options.controlnet, allow_pickle=options.allow_pickle)
+        checkpoint = with_controlnet(checkpoint, found, allow_pickle=options.allow_pickle)
     if options.family not in ("", checkpoint.family.name):
         raise CheckpointError(f"{checkpoint.label} is of family {checkpoint.family.name}, not {options.family}")
     size = size_range(checkpoint, options)

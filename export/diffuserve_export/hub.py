@@ -14,9 +14,10 @@ from diffuserve_export.errors import CheckpointError
 from diffuserve_export.quantize.options import CALIBRATION_FILE
 from diffuserve_export.weight_files import weight_name
 
-__all__ = ["find_checkpoint"]
+__all__ = ["find_checkpoint", "find_controlnet"]
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLES: Final = (".ckpt", ".pth", ".pt", ".bin")
 _SMALL_FILES: Final = (
     "model_index.json",
     SERVING_DEFAULTS,
@@ -44,6 +45,28 @@ def find_checkpoint(checkpoint: str, *, allow_pickle: bool = False) -> Path:
     if not _HUB_ID.fullmatch(checkpoint):
         raise CheckpointError(f"there is no folder {checkpoint}; give a diffusers folder or a hub id like owner/name")
     return _fetch(checkpoint, allow_pickle)
+
+
+def find_controlnet(controlnet: str, *, allow_pickle: bool = False) -> Path:
+    """The folder or file of a ControlNet. Raises CheckpointError as `find_checkpoint` does."""
+    path = Path(controlnet).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        return path
+    if path.suffix in _PICKLES:
+        raise CheckpointError(
+            f"{controlnet} is a pickle, which can run code when it is read; convert it to .safetensors"
+        )
+    if path.exists() or path.suffix == ".safetensors" or not _HUB_ID.fullmatch(controlnet):
+        raise CheckpointError(
+            f"{controlnet} is no ControlNet; give a diffusers folder, a .safetensors file, or a hub id like owner/name"
+        )
+    name = weight_name("controlnet")
+    folder = _snapshot(controlnet, ["config.json", f"{name}.safetensors"])
+    if not any(folder.glob("*.safetensors")):
+        folder = _snapshot(controlnet, [f"{name}.fp16.safetensors"])
+    if allow_pickle and not any(folder.glob("*.safetensors")):
+        folder = _snapshot(controlnet, [f"{name}.bin"])
+    return folder
 
 
 def _fetch(hub_id: str, allow_pickle: bool) -> Path:

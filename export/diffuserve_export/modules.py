@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffuserve.spec import PREVIEW_DECODER, UNET, VAE_DECODER, VAE_ENCODER
-from diffuserve_export.checkpoint import Checkpoint, part_of
+from diffuserve_export.checkpoint import CONTROLNET, Checkpoint, part_of
 from diffuserve_export.lora import Adapters
 from diffuserve_export.weights import load_part
 
@@ -91,32 +91,56 @@ class UNet(nn.Module):
     """`sample` [rows,C,h,w], `timestep` FP32 [rows], `encoder_hidden_states` [rows,tokens,D] -> `model_output`.
 
     Each row has its own timestep. `model_output` has the latents' shape. Further inputs, by what the UNet has:
-    `text_embeds` [rows,P] and `time_ids` FP32 [rows,6]; `timestep_cond` [rows,E]; last, with adapters, `lora` and
-    `lora_index`.
+    `text_embeds` [rows,P] and `time_ids` FP32 [rows,6]; `timestep_cond` [rows,E]; with a ControlNet (Zhang et al. 2023)
+    `control` [rows,3,8h,8w] in 0 to 1 and `control_scale` [rows], by which what it adds to the row is multiplied; last,
+    with adapters, `lora` and `lora_index`.
     """
 
-    def __init__(self, model: UNet2DConditionModel) -> None:
+    def __init__(self, model: UNet2DConditionModel, controlnet: ControlNetModel | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.controlnet = model, controlnet
         self.adapters: Adapters | None = None
         self.takes_time_ids = model.config.addition_embed_type == "text_time"
-        if self.takes_time_ids:
-            # diffusers concatenates the float32 embedding of `time_ids` with `text_embeds`, whatever that is in.
-            model.add_time_proj = _InTypeOf(model.add_time_proj, lambda: model.add_embedding.linear_1.weight)
+        self.takes_guidance = model.config.time_cond_proj_dim is not None
+        for one in (model, controlnet) if self.takes_time_ids else ():
+            if one is not None:
+                _time_ids_in_its_type(one)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *further: Tensor) -> Tensor:
         added, rest = {}, self.adapters.take(further) if self.adapters else list(further)
         if self.takes_time_ids:
             added = {"text_embeds": rest.pop(0), "time_ids": rest.pop(0)}
+        guidance = rest.pop(0) if self.takes_guidance else None
+        residuals = {}
+        if self.controlnet is not None:
+            control, scale = rest.pop(0), rest.pop(0)
+            # Of an inpainting UNet's `sample`, as diffusers: the latents alone.
+            latents = sample[:, : self.controlnet.config.in_channels]
+            down, mid = self.controlnet(
+                latents,
+                timestep,
+                encoder_hidden_states,
+                control,
+                conditioning_scale=scale[:, None, None, None],
+                added_cond_kwargs=added,
+                return_dict=False,
+            )
+            residuals = {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": mid}
         output: Tensor = self.model(
             sample,
             timestep,
             encoder_hidden_states,
-            timestep_cond=rest.pop(0) if rest else None,
+            timestep_cond=guidance,
             added_cond_kwargs=added,
             return_dict=False,
+            **residuals,
         )[0]
         return output
+
+
+def _time_ids_in_its_type(model: Any) -> None:
+    """diffusers concatenates the float32 embedding of `time_ids` with `text_embeds`, whatever that is in."""
+    model.add_time_proj = _InTypeOf(model.add_time_proj, lambda: model.add_embedding.linear_1.weight)
 
 
 class VaeDecoder(nn.Module):
@@ -164,12 +188,16 @@ def _scale_and_shift(model: AutoencoderKL | AutoencoderTiny) -> tuple[Tensor, Te
 
 def _wrapper(component: str, checkpoint: Checkpoint) -> Callable[[Any], nn.Module]:
     others: Mapping[str, Callable[[Any], nn.Module]] = {
-        UNET: UNet,
+        UNET: lambda model: UNet(model, _controlnet(checkpoint)),
         VAE_DECODER: VaeDecoder,
         VAE_ENCODER: VaeEncoder,
         PREVIEW_DECODER: VaeDecoder,
     }
     return others.get(component, lambda model: TextEncoder(model, checkpoint.family.hidden_layer, checkpoint.clip_skip))
+
+
+def _controlnet(checkpoint: Checkpoint) -> Any:
+    return load_part(checkpoint, checkpoint.parts[CONTROLNET]) if CONTROLNET in checkpoint.parts else None
 
 
 def module_of(checkpoint: Checkpoint, component: str) -> nn.Module:

@@ -71,8 +71,9 @@ class ExportOptions:
     family allows for the checkpoint's own size. `max_rows` bounds the rows of one UNet call. `vae_tile` is the largest
     side in pixels that the autoencoder takes in one piece, by default what the family allows; larger pictures go
     through it in tiles. `preview_vae` is the folder of a diffusers AutoencoderTiny for previews. With a `lora_rank`, UNet
-    and text encoders take LoRA adapters of that rank as inputs. `vae_precision` is the
-    autoencoder's, by default `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU
+    and text encoders take LoRA adapters of that rank as inputs. `controlnet` is a ControlNet that is built into the
+    UNet: a diffusers folder, a `.safetensors` file or a hub id. `vae_precision` is the autoencoder's, by default
+    `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU
     targets, `quantize` for the quantized precisions. Raises OptionError.
     """
 
@@ -91,6 +92,7 @@ class ExportOptions:
     vae_tile: int = 0
     preview_vae: Path | None = None
     lora_rank: int = 0
+    controlnet: str = ""
     engine: EngineOptions = field(default_factory=EngineOptions)
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
 
@@ -150,6 +152,11 @@ class ExportOptions:
             built = [f"{one.name} in {precision}" for one in TARGETS.values() for precision in one.precisions]
             raise OptionError(f"not built yet: {self.target} in {lacking[0]}; use {' or '.join(built)}")
         self.engine.check_target(self.target)
+        if self.controlnet and self.precision in QUANTIZED:
+            raise OptionError(
+                f"not built: a ControlNet in {self.precision}, since what it is calibrated with has no control; export "
+                f"it in {' or '.join(GRAPH_PRECISIONS)}"
+            )
         if self.precision not in QUANTIZED and self.quantize != QuantizeOptions():
             raise OptionError(
                 "calibration, calibration-steps, quality-gate and quality-pictures are for the precisions "
@@ -168,7 +175,8 @@ class ExportOptions:
     @property
     def source(self) -> str:
         """What is exported, for the manifest."""
-        return f"{self.family}, random weights" if self.random_weights else self.checkpoint
+        source = f"{self.family}, random weights" if self.random_weights else self.checkpoint
+        return f"{source} with the ControlNet {self.controlnet}" if self.controlnet else source
 
     @property
     def size_numbers(self) -> tuple[int, int, int] | None:

@@ -11,6 +11,8 @@ from diffuserve.lora.layout import LORA, LORA_INDEX
 from diffuserve.manifest import Range, TensorShape
 from diffuserve.spec import (
     CLIP_SKIP,
+    CONTROL,
+    CONTROL_SCALE,
     EMBEDDINGS,
     INPUT_IDS,
     LATENTS,
@@ -20,7 +22,7 @@ from diffuserve.spec import (
     VAE_DECODER,
     VAE_ENCODER,
 )
-from diffuserve_export.checkpoint import Checkpoint, Part
+from diffuserve_export.checkpoint import CONTROLNET, Checkpoint, Part
 from diffuserve_export.errors import OptionError
 from diffuserve_export.options import DEFAULT_OPT_ROWS, ExportOptions
 
@@ -107,6 +109,9 @@ def _unet_inputs(checkpoint: Checkpoint, datatype: str) -> tuple[TensorShape, ..
         inputs.append(TensorShape("time_ids", "FP32", ("rows", len(family.time_ids))))
     if checkpoint.guidance_embedding:
         inputs.append(TensorShape("timestep_cond", datatype, ("rows", checkpoint.guidance_embedding)))
+    if CONTROLNET in checkpoint.parts:
+        inputs.append(TensorShape(CONTROL, datatype, ("rows", 3, *_PIXEL_SIDES)))
+        inputs.append(TensorShape(CONTROL_SCALE, datatype, ("rows",)))
     return tuple(inputs)
 
 

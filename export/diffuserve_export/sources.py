@@ -34,7 +34,14 @@ from diffuserve_export.errors import CheckpointError
 from diffuserve_export.safetensors_file import shapes_in
 from diffuserve_export.weight_files import weight_files
 
-__all__ = ["ARCHITECTURES", "open_architecture", "open_checkpoint", "open_single_file", "with_preview_vae"]
+__all__ = [
+    "ARCHITECTURES",
+    "open_architecture",
+    "open_checkpoint",
+    "open_single_file",
+    "read_config",
+    "with_preview_vae",
+]
 
 #: A diffusers folder without weights for each family whose checkpoints are all alike.
 ARCHITECTURES: Final = Path(__file__).parent / "architectures"
@@ -93,7 +100,7 @@ def open_single_file(file: Path, config: Path | None = None) -> Checkpoint:
 
 def with_preview_vae(checkpoint: Checkpoint, folder: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """The checkpoint with the diffusers AutoencoderTiny in `folder` for its previews. Raises CheckpointError."""
-    config = _json(_needed(folder, "", "config.json"))
+    config = read_config(folder)
     if config.get("_class_name") != _TINY:
         raise CheckpointError(f"{folder} is a {config.get('_class_name')}, and previews are made by an {_TINY}")
     levels = len(config.get("decoder_block_out_channels", (64, 64, 64, 64))) - 1
@@ -108,6 +115,11 @@ def with_preview_vae(checkpoint: Checkpoint, folder: Path, *, allow_pickle: bool
     part = Part(PREVIEW_VAE, _TINY, config, variant, tuple(weights), parameters, folder)
     files = {f"{PREVIEW_VAE}/{path.name}": path for path in (folder / "config.json", *weights)}
     return replace(checkpoint, parts={**checkpoint.parts, PREVIEW_VAE: part}, files={**checkpoint.files, **files})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of the one model in `folder`. Raises CheckpointError where there is none."""
+    return _json(_needed(folder, "", "config.json"))
 
 
 def _architecture(name: str, message: str = "") -> Path:

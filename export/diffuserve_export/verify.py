@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffuserve.lora.layout import LORA, LORA_INDEX
 from diffuserve.manifest import Range, TensorShape
-from diffuserve.spec import CLIP_SKIP, INPUT_IDS
+from diffuserve.spec import CLIP_SKIP, CONTROL, CONTROL_SCALE, INPUT_IDS
 from diffuserve_export.checkpoint import Checkpoint
 from diffuserve_export.errors import VerificationError
 from diffuserve_export.float32_copy import float32_copy
@@ -93,7 +93,8 @@ def example_inputs(checkpoint: Checkpoint, inputs: Sequence[TensorShape], sides:
     """Seeded inputs like those of a service: token ids with an end, timesteps of a schedule, pictures, noise.
 
     The first and the last row have a token of `embeddings`, and leave out no layer and as many as they may. Rows count
-    adapters down from the last, but for one that has none where there are several.
+    adapters down from the last, but for one that has none where there are several. A ControlNet counts in full in the
+    first row and not at all in the last of several.
     """
     generator = torch.Generator().manual_seed(_SEED)
     vocabulary = min(int(checkpoint.parts[name].config["vocab_size"]) for name in checkpoint.family.encoders)
@@ -118,6 +119,10 @@ def example_inputs(checkpoint: Checkpoint, inputs: Sequence[TensorShape], sides:
             tensor = torch.rand(shape, generator=generator) * 999
         elif port.name == "time_ids":
             tensor = torch.rand(shape, generator=generator) * 1024
+        elif port.name == CONTROL:
+            tensor = torch.rand(shape, generator=generator)
+        elif port.name == CONTROL_SCALE:
+            tensor = torch.linspace(1, 0, shape[0])
         elif port.name in ("pixels", "timestep_cond"):
             tensor = torch.rand(shape, generator=generator) * 2 - 1
         else:

@@ -11,7 +11,7 @@ from diffuserve_export.safetensors_file import parameters_in
 
 __all__ = ["weight_files", "weight_name"]
 
-_DIFFUSERS: Final = ("unet", "vae", "preview_vae")
+_DIFFUSERS: Final = ("unet", "vae", "preview_vae", "controlnet")
 _VARIANTS: Final = ((None, ""), ("fp16", ".fp16"))
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from diffuserve_export.checkpoint import Checkpoint, FolderWeights, Part, RandomWeights, SingleFileWeights
+from diffuserve_export.controlnet import controlnet_from_file
 from diffuserve_export.errors import CheckpointError
 
 __all__ = ["load_part"]
@@ -44,6 +45,8 @@ def _load(checkpoint: Checkpoint, part: Part) -> tuple[nn.Module, list[str]]:
     """The model, and the names of what was not found for it."""
     library = diffusers if hasattr(diffusers, part.class_name) else transformers
     model_class = getattr(library, part.class_name)
+    if part.file:
+        return controlnet_from_file(part.file, model_class, part.config)
     if part.folder:
         return _from_folder(part.folder, part, model_class)
     match checkpoint.weights:

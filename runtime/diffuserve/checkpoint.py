@@ -12,13 +12,27 @@ from PIL import Image
 
 from diffuserve.components import ComponentRunner, blank_inputs, cast_inputs, check_rows
 from diffuserve.conditioning import Conditioner
-from diffuserve.engine import Group
-from diffuserve.errors import InvalidArgumentError
+from diffuserve.engine import Control, Group
+from diffuserve.errors import InvalidArgumentError, UnsupportedError
 from diffuserve.first_latents import Given
-from diffuserve.images import image_from_pixels, mask_from_image, pixels_from_image, read_pictures, resized
+from diffuserve.images import (
+    image_from_pixels,
+    levels_from_image,
+    mask_from_image,
+    pixels_from_image,
+    read_image,
+    read_pictures,
+    resized,
+)
 from diffuserve.manifest import Deployment, Manifest
 from diffuserve.prompts import EmbeddingFolder
-from diffuserve.request import DEFAULT_STRENGTH, RANDOM_SEED, GenerateRequest, ResolvedRequest
+from diffuserve.request import (
+    DEFAULT_CONTROL_SCALE,
+    DEFAULT_STRENGTH,
+    RANDOM_SEED,
+    GenerateRequest,
+    ResolvedRequest,
+)
 from diffuserve.sampling import Trajectory, TrajectoryCompiler
 from diffuserve.snapshot import ImageState
 from diffuserve.spec import LATENTS, PIXELS, PREVIEW_DECODER, SAMPLE_INPAINT, UNET, VAE_DECODER, VAE_ENCODER
@@ -57,10 +71,12 @@ class Checkpoint:
         manifest = self.manifest
         width, height = request.width, request.height
         image, mask = self._pictures(request)
-        if image is not None:
+        control = self._control_picture(request)
+        given = control if image is None else image
+        if given is not None:
             width, height = (
                 manifest.size.fit(side) if asked is None else asked
-                for side, asked in zip(image.size, (width, height), strict=True)
+                for side, asked in zip(given.size, (width, height), strict=True)
             )
         width = manifest.size.opt if width is None else width
         height = manifest.size.opt if height is None else height
@@ -73,7 +89,7 @@ class Checkpoint:
         seed = secrets.randbelow(_SEED_BOUND) if request.seed == RANDOM_SEED else request.seed
         self._check_clip_skip(request.clip_skip)
         resolved = ResolvedRequest(
-            request=replace(request, seed=seed),
+            request=replace(request, seed=seed, control_image=b""),
             checkpoint=self.name,
             width=width,
             height=height,
@@ -83,6 +99,7 @@ class Checkpoint:
             sigma_schedule=schedule,
             seed=seed,
             rows=2 if guided else 1,
+            control=None if control is None else resized(control, width, height),
         )
         return self._fitted(self.read(resolved), image, mask)
 
@@ -104,6 +121,21 @@ class Checkpoint:
                 input="strength",
             )
         return read_pictures(request.init_image, request.mask_image)
+
+    def _control_picture(self, request: GenerateRequest) -> Image.Image | None:
+        """The picture for the ControlNet, as large as it came."""
+        if request.control_image and not self.manifest.conditioning.control:
+            raise UnsupportedError(
+                f"control_image is given, and {self.name} has no ControlNet; leave it out, or ask a checkpoint that "
+                "was exported with one",
+                input="control_image",
+            )
+        if not request.control_image and request.control_scale != DEFAULT_CONTROL_SCALE:
+            raise InvalidArgumentError(
+                "control_scale is given without control_image, the picture that it is about; give one, or leave it out",
+                input="control_scale",
+            )
+        return read_image("control_image", request.control_image) if request.control_image else None
 
     def _fitted(
         self, resolved: ResolvedRequest, image: Image.Image | None, mask: Image.Image | None
@@ -182,6 +214,13 @@ class Checkpoint:
         begins_with_it = resolved.request.strength < 1
         masked = self._moments(pixels.masked_fill(mask_from_image(resolved.mask), 0.0), trace)
         return Given(self._moments(pixels, trace) if begins_with_it else None, mask, masked)
+
+    @staticmethod
+    def control(resolved: ResolvedRequest) -> Control | None:
+        """What the UNet's ControlNet is given for the request's images."""
+        if resolved.control is None:
+            return None
+        return Control(levels_from_image(resolved.control), resolved.request.control_scale)
 
     def _moments(self, pixels: torch.Tensor, trace: object | None) -> torch.Tensor:
         """Mean and standard deviation [2, C, h, w] float32 of the latents of a picture [3, H, W]."""

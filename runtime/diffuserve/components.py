@@ -14,7 +14,7 @@ import torch
 from diffuserve.errors import ComponentFailedError
 from diffuserve.manifest import Component, TensorShape
 
-__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "blank_inputs", "cast_inputs", "check_rows"]
+__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "blank_inputs", "cast_inputs", "check_rows", "input_type"]
 
 
 class ComponentRunner(Protocol):
@@ -82,6 +82,11 @@ def cast_inputs(component: Component, inputs: Mapping[str, torch.Tensor]) -> dic
     """Floating-point inputs in the precision that the component's engine takes them in."""
     types = {one.name: _DTYPES.get(one.datatype) for one in component.inputs}
     return {name: tensor if (dtype := types.get(name)) is None else tensor.to(dtype) for name, tensor in inputs.items()}
+
+
+def input_type(component: Component, name: str) -> torch.dtype | None:
+    """What the component's engine takes an input in; None where it has none of that name."""
+    return next((_DTYPES[one.datatype] for one in component.inputs if one.name == name), None)
 
 
 def blank_inputs(component: Component, sides: Mapping[str, int]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from diffuserve.engine import HIDDEN_STATES
 from diffuserve.manifest import Manifest
 from diffuserve.prompts import EmbeddingFolder, PromptReader, Reading, Text
 from diffuserve.request import ResolvedRequest
-from diffuserve.spec import CLIP_SKIP, EMBEDDINGS, INPUT_IDS, UNET
+from diffuserve.spec import CLIP_SKIP, CONTROL, CONTROL_SCALE, EMBEDDINGS, INPUT_IDS, UNET
 from diffuserve.text_encoding import TextEncoder, WindowKey, emphasized
 
 __all__ = ["Conditioner", "embedded_guidance"]
@@ -152,6 +152,8 @@ def _check_inputs(manifest: Manifest) -> None:
         _TEXT_EMBEDS: bool(how.text_embeds),
         _TIME_IDS: bool(how.time_ids),
         _GUIDANCE: bool(how.guidance_embedding),
+        CONTROL: how.control,
+        CONTROL_SCALE: how.control,
     }
     supplied = {name for name, is_made in made.items() if is_made}
     taken = {one.name for one in manifest.components[UNET].inputs}

@@ -18,6 +18,7 @@ from diffuserve.errors import ComponentFailedError, InvalidArgumentError
 __all__ = [
     "encode_image",
     "image_from_pixels",
+    "levels_from_image",
     "mask_from_image",
     "pixels_from_image",
     "read_image",
@@ -113,6 +114,11 @@ def pixels_from_image(image: Image.Image) -> torch.Tensor:
     """Pixels [3, H, W] float32 in -1 to 1, as diffusers' VaeImageProcessor makes them."""
     levels = torch.from_numpy(np.array(image, dtype=np.float32))
     return (levels / 255).permute(2, 0, 1) * 2 - 1
+
+
+def levels_from_image(image: Image.Image) -> torch.Tensor:
+    """An RGB picture's levels [3, H, W] uint8."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
 def _refused(name: str, reason: str) -> InvalidArgumentError:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from diffuserve.engine import Demand, Eta, Track
 from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
-from diffuserve.request import Event, EventKind
+from diffuserve.request import Event, EventKind, ResolvedRequest
 from diffuserve.snapshot import ImageState, Snapshot
 
 __all__ = ["Job", "Reply"]
@@ -84,8 +84,10 @@ class Job:
         It is part of circles of references, through its tracks, which Python may find much later.
         """
         if self.resolved.image is not None:
-            self.resolved = self.resolved.without_pictures()
-            self.beginning = replace(self.beginning, resolved=self.resolved)
+            self._replace(self.resolved.without_pictures())
+
+    def _replace(self, resolved: ResolvedRequest) -> None:
+        self.resolved, self.beginning = resolved, replace(self.beginning, resolved=resolved)
 
     def begin(self) -> None:
         """Tell a client that wants to see progress what it waits for.
@@ -193,5 +195,7 @@ class Job:
             return False
         self._ended = True
         self.let_go_of_pictures()
+        if self.resolved.control is not None:
+            self._replace(replace(self.resolved, control=None))
         self.on_end(self, outcome)
         return True

@@ -124,6 +124,8 @@ class Conditioning:
     chunks               how many windows of `token_limit` tokens a prompt may have, ascending: `encoder_hidden_states`
                          has at most the last count's, whichever share a call
     clip_skip            the most layers of the text encoders that a request may leave out
+    control              a ControlNet is built in, with the inputs `control` [rows, 3, height, width] in 0 to 1 and
+                         `control_scale` [rows]; at 0 a row is as without
     """
 
     encoders: tuple[Encoder, ...] = (Encoder("text_encoder", "tokenizer.json"),)
@@ -134,6 +136,7 @@ class Conditioning:
     guidance_embedding: int = 0
     chunks: tuple[int, ...] = PROMPT_CHUNKS
     clip_skip: int = MOST_CLIP_SKIP
+    control: bool = False
 
 
 @dataclass(frozen=True, slots=True)

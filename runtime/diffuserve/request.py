@@ -14,6 +14,7 @@ from diffuserve.errors import InvalidArgumentError
 from diffuserve.spec import MOST_CLIP_SKIP
 
 __all__ = [
+    "DEFAULT_CONTROL_SCALE",
     "DEFAULT_STRENGTH",
     "EVENT_KINDS",
     "IMAGE_ENCODINGS",
@@ -37,6 +38,8 @@ MAX_PRIORITY: Final = 100
 MAX_DEADLINE_MS: Final = 24 * 3600 * 1000
 MIN_HEARTBEAT_MS: Final = 1000
 DEFAULT_STRENGTH: Final = 0.8  # as in the protocol; also of diffusers' image-to-image
+DEFAULT_CONTROL_SCALE: Final = 1.0
+MAX_CONTROL_SCALE: Final = 2.0
 MAX_SEED: Final = 2**63 - 1
 RANDOM_SEED: Final = -1
 PROMPT_SYNTAXES: Final = ("plain", "a1111")
@@ -54,7 +57,7 @@ EVENT_KINDS: Final[tuple[EventKind, ...]] = (
     "status",
 )
 
-_BYTES: Final = ("init_image", "mask_image", "resume")
+_BYTES: Final = ("init_image", "mask_image", "control_image", "resume")
 #: What may be asked of a request that is resumed; all else is in its snapshot.
 _BESIDE_RESUME: Final = (
     "progress_every",
@@ -117,7 +120,9 @@ class GenerateRequest:
     `clip_skip` counts the text encoders' last layers that are left out; `prompt_syntax` says what brackets in both
     prompts mean. `init_image` is an encoded picture to begin with, or none, and `strength` how much of it is made anew;
     `mask_image`, an encoded picture of its size, or none, is white where that happens and black where it is kept.
-    `resume` is a snapshot's bytes, or none; with one, everything but how it is answered is the snapshot's.
+    `control_image`, an encoded picture or none, is what the checkpoint's ControlNet looks at, and `control_scale` how
+    much that counts. `resume` is a snapshot's bytes, or none; with one, everything but how it is answered is the
+    snapshot's.
 
     Raises InvalidArgumentError with the value, the limit and the remedy.
     """
@@ -140,6 +145,8 @@ class GenerateRequest:
     init_image: bytes = b""
     mask_image: bytes = b""
     strength: float = DEFAULT_STRENGTH
+    control_image: bytes = b""
+    control_scale: float = DEFAULT_CONTROL_SCALE
     progress_every: int = 0
     preview_every: int = 0
     heartbeat_ms: int = 0
@@ -220,6 +227,7 @@ class GenerateRequest:
                 value=0,
             )
         _check_range("strength", self.strength, 0, 1)
+        _check_range("control_scale", self.control_scale, 0, MAX_CONTROL_SCALE, "at 0 control_image has no part in it")
         if self.mask_image and not self.init_image:
             raise InvalidArgumentError(
                 "mask_image is given without init_image, the picture that it is a mask of; give both, or neither",
@@ -249,9 +257,9 @@ class ResolvedRequest:
     """A request with nothing left to default: what `info` reports, and what makes the same picture again.
 
     `rows` is how many rows each of its images has in a UNet call: with guidance 2, the prompt's and the negative
-    prompt's. `embeddings` are the textual inversions in its prompts, as name:digest. `image` and `mask` are the decoded
-    `init_image` and `mask_image`, PIL pictures of this size, or None; `reading` is a prompts.Reading, what the text
-    encoders read.
+    prompt's. `embeddings` are the textual inversions in its prompts, as name:digest. `image`, `mask` and `control`
+    are the decoded `init_image`, `mask_image` and `control_image`, PIL pictures of this size, or None; `reading` is a
+    prompts.Reading, what the text encoders read.
     """
 
     request: GenerateRequest
@@ -267,6 +275,7 @@ class ResolvedRequest:
     embeddings: tuple[str, ...] = ()
     image: Any = None
     mask: Any = None
+    control: Any = None
     reading: Any = None
 
     @property
@@ -274,7 +283,7 @@ class ResolvedRequest:
         return self.request.eta
 
     def without_pictures(self) -> ResolvedRequest:
-        """The same without what has become latents, for it takes megabytes."""
+        """The same without what has become latents, for it takes megabytes. The control is needed to the end."""
         nothing: dict[str, Any] = dict.fromkeys(_BYTES, b"")
         return replace(self, request=replace(self.request, **nothing), image=None, mask=None)
 

@@ -25,6 +25,7 @@ from diffuserve.checkpoint import Checkpoint
 from diffuserve.components import ComponentRunner
 from diffuserve.engine import (
     CALIBRATION_ROWS,
+    Control,
     Demand,
     DenoiseLoop,
     Group,
@@ -271,8 +272,8 @@ class DiffusionService:
             return taken
 
     def _join(self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor]) -> None:
-        given = checkpoint.encode(job.resolved, trace=job.trace)
-        tracks = [self._track(checkpoint, job, conditioning, image, given) for image in job.beginning.images]
+        given, control = checkpoint.encode(job.resolved, trace=job.trace), checkpoint.control(job.resolved)
+        tracks = [self._track(checkpoint, job, conditioning, image, given, control) for image in job.beginning.images]
         job.ready_at = time.monotonic()
         job.tracks = tuple(tracks)
         job.let_go_of_pictures()
@@ -297,6 +298,7 @@ class DiffusionService:
         conditioning: Mapping[str, torch.Tensor],
         image: ImageState,
         given: Given,
+        control: Control | None,
     ) -> Track:
         resolved, trajectory = job.resolved, job.beginning.remaining(image)
         generator = torch.Generator().manual_seed(resolved.seed + image.index)
@@ -330,6 +332,7 @@ class DiffusionService:
             steps_before=state.steps,
             predict_every=resolved.request.preview_every,
             masked=state.masked,
+            control=control,
             conditioning=conditioning,
             chunks=resolved.reading.chunks,
             generator=generator,

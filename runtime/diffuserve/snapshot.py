@@ -5,7 +5,8 @@
 It holds what the next step needs and nothing else: the rest of the compiled table, each unfinished image's latents and
 the history that the table still uses, with a mask what is kept of the given picture, how far the noise generator has
 come, and the hash of the weights. Prompts are encoded anew where it is resumed. Of a request that was not begun it
-holds the given pictures as they came, instead of latents. A snapshot comes back from a client, so it is untrusted until
+holds the given pictures as they came, instead of latents. What a ControlNet looks at is needed at every step, and goes
+along in the picture's size, without loss. A snapshot comes back from a client, so it is untrusted until
 its signature is checked, and is parsed within limits after that.
 """
 
@@ -24,17 +25,19 @@ from typing import Any, Final
 import numpy as np
 import safetensors.torch
 import torch
+from PIL import Image
 
 from diffuserve.engine import Masked
 from diffuserve.errors import InvalidArgumentError
+from diffuserve.images import encode_image, read_image
 from diffuserve.request import GenerateRequest, ResolvedRequest
 from diffuserve.sampling import HISTORY, Trajectory
 
 __all__ = ["MAX_SNAPSHOT_BYTES", "ImageState", "Snapshot", "decode_snapshot", "encode_snapshot", "lags_used", "rest_of"]
 
-#: 16 images of 1536 x 1536 pixels with a full history and what a mask keeps, or two given pictures of 32 MiB; and room
-#: for the table.
-MAX_SNAPSHOT_BYTES: Final = 65 << 20
+#: 16 images of 1536 x 1536 pixels with a full history and what a mask keeps, or two given pictures of 32 MiB; with
+#: either a control of that size, however little it can be packed; and room for the table.
+MAX_SNAPSHOT_BYTES: Final = 73 << 20
 _MAX_BASE64_BYTES: Final = -(-MAX_SNAPSHOT_BYTES // 3) * 4
 
 _MAGIC: Final = b"dfsv"
@@ -49,6 +52,7 @@ _MAX_TABLE_BYTES: Final = _MAX_EVALUATIONS * (4 * (len(_NUMBERS) + 1 + HISTORY) 
 _ABOUT_TABLE: Final = ("sampler", "steps", "schedule", "eta", "residual", "initial_scale", "image_scale", "strength")
 _ASKED: Final = ("checkpoint", "width", "height", "steps", "guidance_scale", "sampler", "sigma_schedule", "seed")
 _PICTURES: Final = ("init_image", "mask_image")
+_CONTROL: Final = "control"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +126,7 @@ def lags_used(trajectory: Trajectory) -> int:
 
 
 def encode_snapshot(snapshot: Snapshot, key: bytes) -> bytes:
-    """The bytes, signed with `key`. Beside the latents they take less than 16 kB, long prompts aside."""
+    """The bytes, signed with `key`. Beside the latents and a control they take less than 16 kB, long prompts aside."""
     tensors = {"facts": _packed(_facts(snapshot)), "table": _packed(_table_bytes(snapshot.trajectory))}
     for image in snapshot.images:
         tensors[f"latents.{image.index}"] = image.latents.cpu().contiguous()
@@ -134,6 +138,8 @@ def encode_snapshot(snapshot: Snapshot, key: bytes) -> bytes:
     if not all(image.draws for image in snapshot.images):
         pictures = {name: getattr(snapshot.resolved.request, name) for name in _PICTURES}
         tensors |= {name: _bytes(content) for name, content in pictures.items() if content}
+    if snapshot.resolved.control is not None:
+        tensors[_CONTROL] = _bytes(encode_image(snapshot.resolved.control, "png"))
     body: bytes = safetensors.torch.save(tensors)
     return _HEAD.pack(_MAGIC, _VERSION, zlib.crc32(body), _signature(body, key)) + body
 
@@ -172,7 +178,7 @@ def _facts(snapshot: Snapshot) -> bytes:
     resolved = {
         one.name: getattr(snapshot.resolved, one.name)
         for one in fields(snapshot.resolved)
-        if one.name not in ("image", "mask", "reading")
+        if one.name not in ("image", "mask", "control", "reading")
     }
     facts = {
         "resolved": {**resolved, "request": snapshot.resolved.request.parameters()},
@@ -216,7 +222,7 @@ def _table(content: bytes, about: Mapping[str, Any]) -> Trajectory:
 
 def _snapshot(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Snapshot:
     pictures: dict[str, Any] = {name: tensors[name].numpy().tobytes() for name in _PICTURES if name in tensors}
-    resolved = _resolved(facts["resolved"], pictures)
+    resolved = replace(_resolved(facts["resolved"], pictures), control=_control(facts["resolved"], tensors))
     table = _table(_unpacked(tensors["table"], _MAX_TABLE_BYTES), facts["table"])
     first, images = int(facts["first"]), []
     for numbers in facts["images"]:
@@ -250,6 +256,16 @@ def _resolved(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> Resolved
     if not named or None in [told[name] for name in _ASKED if name != "sigma_schedule"] or facts["rows"] not in (1, 2):
         raise ValueError(f"its request was not made out: {told}, {facts['rows']} rows")
     return ResolvedRequest(**{**facts, "request": request, "embeddings": tuple(map(str, facts["embeddings"]))})
+
+
+def _control(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Image.Image | None:
+    """The control in the request's size. Raises InvalidArgumentError for what is no picture, or beyond the limits."""
+    if _CONTROL not in tensors:
+        return None
+    image = read_image(_CONTROL, tensors[_CONTROL].numpy().tobytes())
+    if image.size != (facts["width"], facts["height"]):
+        raise ValueError(f"its control has {image.size[0]} x {image.size[1]} pixels")
+    return image
 
 
 def _masked(index: int, tensors: Mapping[str, torch.Tensor], shape: torch.Size) -> Masked:

@@ -9,6 +9,8 @@ from typing import Final
 __all__ = [
     "CLIP_SKIP",
     "COMPONENTS",
+    "CONTROL",
+    "CONTROL_SCALE",
     "DEFAULT_STEPS",
     "EMBEDDED_GUIDANCE_SCALE",
     "EMBEDDINGS",
@@ -50,6 +52,8 @@ PIXELS: Final = "pixels"
 INPUT_IDS: Final = "input_ids"
 CLIP_SKIP: Final = "clip_skip"
 EMBEDDINGS: Final = "embeddings"
+CONTROL: Final = "control"
+CONTROL_SCALE: Final = "control_scale"
 
 # How many of a text encoder's windows (77 tokens: 75 and two marks) a prompt may take; one of another count is filled
 # up with empty ones. Rows of a call are brought to one length by repeating whole prompts, to the least common multiple

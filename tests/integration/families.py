@@ -22,12 +22,15 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from conftest import CHECKPOINT
 from diffuserve.manifest import Component, Deployment
+from diffuserve.spec import UNET
 from diffuserve_export import ExportOptions, assembly, export_checkpoint, graphs
-from diffuserve_export.checkpoint import Checkpoint, part_of
+from diffuserve_export.checkpoint import CONTROLNET, Checkpoint, part_of
+from diffuserve_export.controlnet import with_controlnet
 from diffuserve_export.graphs import Graph
 from diffuserve_export.modules import module_of
 from diffuserve_export.sources import open_checkpoint
 from unit.export.conftest import float32_graph, without_logs
+from unit.export.controlnets import random_controlnet, with_middle
 from unit.export.pipelines import random_pipeline
 
 __all__ = ["FAMILIES", "Families", "Model", "Models", "exported_families", "torch_families"]
@@ -88,6 +91,24 @@ def _sdxl_inpaint(folder: Path) -> None:
     diffusers.UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
 
 
+def _control(folder: Path) -> None:
+    """The shapes checkpoint and its own ControlNet."""
+    shutil.copytree(CHECKPOINT, folder)
+    shutil.copytree(CHECKPOINT.with_name("shapes-control"), folder / CONTROLNET)
+
+
+def _controlled(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Another family's, with a UNet that a ControlNet can be made for, and a random one of those."""
+
+    def made(folder: Path) -> None:
+        make(folder)
+        unet = with_middle(diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"))
+        unet.save_pretrained(folder / "unet")
+        random_controlnet(unet, levels=4).save_pretrained(folder / CONTROLNET)
+
+    return made
+
+
 def _turbo(folder: Path) -> None:
     """SDXL's, with Turbo's scheduler."""
     _sdxl(folder)
@@ -118,6 +139,10 @@ FAMILIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "sdxl-inpaint": (_sdxl_inpaint, "fp32"),
     "turbo": (_turbo, "fp32"),
     "sdxl-half": (_sdxl, "fp16"),
+    "sd15-control": (_control, "fp32"),
+    "inpaint-control": (_controlled(_inpaint), "fp32"),
+    "sdxl-control": (_controlled(_sdxl), "fp32"),
+    "sdxl-control-half": (_controlled(_sdxl), "fp16"),
 }
 
 
@@ -138,7 +163,12 @@ class Families:
     def pipeline(self, name: str, class_name: str) -> Any:
         """diffusers' own, in float32."""
         pipeline_class = getattr(diffusers, class_name)
-        options = {} if "XL" in class_name else {"safety_checker": None, "requires_safety_checker": False}
+        options: dict[str, Any] = (
+            {} if "XL" in class_name else {"safety_checker": None, "requires_safety_checker": False}
+        )
+        if "ControlNet" in class_name:
+            folder = self.folder(name) / CONTROLNET
+            options["controlnet"] = diffusers.ControlNetModel.from_pretrained(folder, torch_dtype=torch.float32)
         pipeline = pipeline_class.from_pretrained(self.folder(name), torch_dtype=torch.float32, **options)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -163,6 +193,8 @@ def torch_families(families: Families, names: Sequence[str], out: Path) -> tuple
     models = {}
     for name in names:
         opened = open_checkpoint(families.folder(name))
+        if (families.folder(name) / CONTROLNET).is_dir():
+            opened = with_controlnet(opened, families.folder(name) / CONTROLNET)
         for component, described in deployment.manifest(name).components.items():
             models[described.model] = _torch_model(opened, component, described)
     return deployment, models
@@ -185,8 +217,11 @@ def _deployed(families: Families, names: Sequence[str], out: Path, graph: Callab
         patched.setattr(assembly, "graph_from_component", graph)
         for name in names:
             folder, precision = families.folder(name), FAMILIES[name][1]
+            controlnet = str(folder / CONTROLNET) if (folder / CONTROLNET).is_dir() else ""
             # In one piece, as diffusers decodes them.
-            options = ExportOptions(checkpoint=str(folder), out=out, name=name, precision=precision, vae_tile=192)
+            options = ExportOptions(
+                checkpoint=str(folder), controlnet=controlnet, out=out, name=name, precision=precision, vae_tile=192
+            )
             export_checkpoint(options)
     return Deployment.load(out)
 
@@ -213,9 +248,11 @@ def _shared_graphs(shapes: Path, store: Path) -> Callable[..., Graph]:
 
 
 def _identity(checkpoint: Checkpoint, component: str, precision: str) -> tuple[str, ...]:
-    part = checkpoint.parts[part_of(component)]
+    names = [part_of(component), *([CONTROLNET] if component == UNET and CONTROLNET in checkpoint.parts else [])]
     layers = (checkpoint.family.hidden_layer, checkpoint.clip_skip) if component in checkpoint.family.encoders else ()
-    digest = hashlib.sha256(json.dumps(dict(part.config), sort_keys=True).encode())
-    for file in part.files:
-        digest.update(file.read_bytes())
+    digest = hashlib.sha256()
+    for part in (checkpoint.parts[name] for name in names):
+        digest.update(json.dumps(dict(part.config), sort_keys=True).encode())
+        for file in part.files:
+            digest.update(file.read_bytes())
     return component, precision, str(layers), digest.hexdigest()

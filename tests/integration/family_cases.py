@@ -24,9 +24,11 @@ from integration.families import Families, Model, Models
 from unit.fakes import Recorder
 from unit.pictures import encoded, mask, picture
 
-__all__ = ["CASES", "NEGATIVE", "Case", "Served", "difference", "expected", "serve", "usual"]
+__all__ = ["CASES", "CONTROL", "NEGATIVE", "Case", "Served", "difference", "expected", "serve", "usual"]
 
 PROMPT, NEGATIVE = "a large red circle on a blue background", "a small green ring"
+#: Of another size and ratio than any picture that is asked for.
+CONTROL = mask(100, 72, (20, 24, 70, 60)).convert("RGB")
 #: Of samplers by other names than ours.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "Euler a": ("EulerAncestralDiscreteScheduler", {}),
@@ -36,7 +38,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A request. None is what the checkpoint brings: its sampler, steps or guidance."""
+    """A request. None is what the checkpoint brings: its sampler, steps or guidance; of `control`, the scale, none."""
 
     family: str
     sampler: str | None = None
@@ -48,12 +50,15 @@ class Case:
     seed: int = 3
     strength: float | None = None
     has_mask: bool = False
+    control: float | None = None
 
     @property
     def request(self) -> GenerateRequest:
         given: dict[str, Any] = {name: encoded(image) for name, image in self.pictures.items()}
         if self.strength is not None:
             given["strength"] = self.strength
+        if self.control is not None:
+            given |= {"control_image": encoded(CONTROL), "control_scale": self.control}
         return GenerateRequest(
             prompt=PROMPT,
             negative_prompt=self.negative,
@@ -78,7 +83,7 @@ class Case:
 
     def __str__(self) -> str:
         asked = (self.family, self.sampler, self.steps, self.guidance, self.negative and "negative", self.width)
-        began = (self.strength, self.has_mask and "mask")
+        began = (self.strength, self.has_mask and "mask", self.control is not None and f"control {self.control}")
         return " ".join(str(one) for one in (*asked, *began) if one)
 
 
@@ -119,6 +124,24 @@ CASES = [
     Case("lcm", "euler", width=96, height=48),
     Case("lcm", strength=0.7, has_mask=True),
     *usual("sdxl-half", "ddim", "Euler a"),
+    Case("sdxl-control", negative=NEGATIVE, control=1.0),
+    Case("sdxl-control", "Euler a", guidance=1.0, control=0.6, width=96, height=48),
+    Case("sdxl-control", strength=0.7, control=1.5, seed=11),
+    Case("sdxl-control", "heun", strength=0.7, has_mask=True, control=1.0),
+    Case("sdxl-control"),
+    Case("sdxl-control", control=0.0, seed=11),
+    Case("sdxl-control-half", negative=NEGATIVE, control=1.0),
+    Case("inpaint-control", strength=0.7, has_mask=True, control=1.0),
+    Case("inpaint-control", "Euler a", strength=1.0, has_mask=True, control=0.5, seed=11),
+    Case("inpaint-control", strength=0.7, has_mask=True),
+    Case("sd15-control", negative=NEGATIVE, control=1.0),
+    Case("sd15-control", "Euler a", guidance=1.0, control=0.6, width=96, height=48),
+    Case("sd15-control", "heun", control=2.0, seed=11),
+    Case("sd15-control", strength=0.6, control=1.0),
+    Case("sd15-control", "DPM++ 2M Karras", strength=0.7, has_mask=True, control=0.8),
+    Case("sd15-control", strength=1.0, has_mask=True, control=1.0, seed=5),
+    Case("sd15-control"),
+    Case("sd15-control", control=0.0, seed=11),
 ]
 
 
@@ -191,24 +214,28 @@ def serve(deployment: Deployment, models: Models, cases: Sequence[Asked] = CASES
 def expected(families: Families, case: Case, **more: Any) -> Any:
     """diffusers' picture, with some of the pipeline's arguments changed."""
     family = case.family.removesuffix("-half")
-    kind = "XL" if family in ("sdxl", "sdxl-inpaint", "turbo") else ""
+    kind = "XL" if family in ("sdxl", "sdxl-inpaint", "sdxl-control", "turbo") else ""
     begun = "" if case.strength is None else "Inpaint" if case.has_mask else "Img2Img"
-    class_name = f"StableDiffusion{kind}{begun}Pipeline"
+    controlled = "" if case.control is None else "ControlNet"
+    class_name = f"StableDiffusion{kind}{controlled}{begun}Pipeline"
     if family == "lcm" and case.sampler is None and not begun:
         class_name = "LatentConsistencyModelPipeline"
     pipeline = families.pipeline(family, class_name)
     own = pipeline.scheduler
     defaults = {"sd15": (20, 2.0), "lcm": (4, 8.5), "turbo": (4, 0.0), "sdxl": (20, 5.0), "sdxl-inpaint": (20, 5.0)}
+    defaults |= {"sd15-control": (20, 2.0), "sdxl-control": (20, 5.0)}
     steps, guidance = defaults.get(family, (20, 7.5))
     asked = {
         "num_inference_steps": case.steps or steps,
         "guidance_scale": guidance if case.guidance is None else case.guidance,
         "generator": torch.Generator().manual_seed(case.seed),
-        **({} if begun == "Img2Img" else {"width": case.width, "height": case.height}),
+        **({} if begun == "Img2Img" and not controlled else {"width": case.width, "height": case.height}),
     }
     if begun:
         given = case.pictures
         asked |= {"image": given.pop("init_image"), "strength": case.strength, **given}
+    if case.control is not None:
+        asked |= {"control_image" if begun else "image": CONTROL, "controlnet_conditioning_scale": case.control}
     if class_name != "LatentConsistencyModelPipeline":
         asked["negative_prompt"] = case.negative or None
     if case.sampler:

@@ -57,7 +57,7 @@ BAD: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("no images", {"num_images": 0}, ("[invalid_argument]", "num_images is 0", "from 1 to 16")),
     ("many images", {"num_images": 1000}, ("[invalid_argument]", "num_images is 1000", "from 1 to 16")),
     ("two prompts", {"prompt": [b"a circle", b"a ring"]}, ("prompt", "2")),
-    ("not built", {"control_image": b"\x89PNG"}, ("[unsupported]", "control_image", "leave it out")),
+    ("no ControlNet", {"control_image": b"\x89PNG"}, ("[unsupported]", "shapes has no ControlNet", "leave it out")),
     ("a mask of nothing", {"mask_image": b"\x89PNG"}, ("[invalid_argument]", "mask_image is given without init_image")),
     ("unknown input", {"wdith": b"64"}, ("wdith",)),
     ("format", {"image_format": b"svg"}, ("[invalid_argument]", "must be one of png, jpeg, webp")),

@@ -37,6 +37,11 @@ UNET_INPUTS = (
     TensorShape("encoder_hidden_states", "FP32", ("rows", "tokens", 1)),
 )
 
+CONTROL_INPUTS = (
+    TensorShape("control", "FP32", ("rows", 3, "height", "width")),
+    TensorShape("control_scale", "FP32", ("rows",)),
+)
+
 
 ENCODER_INPUTS = (
     TensorShape("input_ids", "INT32", ("rows", 77)),
@@ -74,6 +79,9 @@ def write_deployment(root: Path, *names: str, max_rows: int = 64, **values: Any)
             components={one: component(one) for one in ("text_encoder", "unet", "vae_decoder", "vae_encoder")},
         )
         manifest = replace(manifest, **values)
+        if manifest.conditioning.control:
+            unet = replace(manifest.components["unet"], inputs=(*UNET_INPUTS, *CONTROL_INPUTS))
+            manifest = replace(manifest, components={**manifest.components, "unet": unet})
         deployment.folder(name).mkdir(parents=True)
         (deployment.folder(name) / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
         shutil.copy(TOKENIZER, deployment.folder(name) / "tokenizer.json")
@@ -104,6 +112,8 @@ class FakeModels:
         self.timesteps.append([float(t) for t in inputs["timestep"]])
         self.before_unet(len(self.rows))
         told = inputs["encoder_hidden_states"].mean(dim=(1, 2)) + inputs["timestep"] / 1000
+        if "control" in inputs:
+            told = told + inputs["control_scale"] * inputs["control"].mean(dim=(1, 2, 3))
         latents, further = inputs["sample"][:, :4], inputs["sample"][:, 4:]  # a mask and a masked picture, if any
         return {"model_output": latents * 0.1 + further.sum(dim=1, keepdim=True) / 9 + told[:, None, None, None]}
 

@@ -1,5 +1,6 @@
 """The step engine: pure decisions (StepPolicy), tensors (LatentPool) and the thread that joins them (DenoiseLoop)."""
 
+from diffuserve.engine.control import Control
 from diffuserve.engine.costs import CALIBRATION_ROWS, Group, StepCosts
 from diffuserve.engine.forecast import Demand, Forecast, forecast
 from diffuserve.engine.loop import DenoiseLoop, LoopCheckpoint, Trial
@@ -12,6 +13,7 @@ __all__ = [
     "CALIBRATION_ROWS",
     "HIDDEN_STATES",
     "Candidate",
+    "Control",
     "Demand",
     "DenoiseLoop",
     "Eta",

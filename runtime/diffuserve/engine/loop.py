@@ -12,13 +12,14 @@ from typing import Final
 
 import torch
 
-from diffuserve.components import ComponentRunner, cast_inputs, check_rows
+from diffuserve.components import ComponentRunner, cast_inputs, check_rows, input_type
 from diffuserve.engine.costs import Group
 from diffuserve.engine.policy import StepPolicy
 from diffuserve.engine.pool import LatentPool
 from diffuserve.engine.track import Track
 from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
 from diffuserve.manifest import Component
+from diffuserve.spec import CONTROL
 from diffuserve.telemetry import Telemetry
 
 __all__ = ["DenoiseLoop", "LoopCheckpoint", "Trial"]
@@ -188,8 +189,14 @@ class DenoiseLoop:
         self._joined += 1
         track.joined, track.joined_at = self._joined, self._clock()
         track.waiting_since = track.joined_at
-        self._pools.setdefault(track.group, LatentPool(self._device)).join(track)
+        self._pool(track.group).join(track)
         self._active[track.joined] = track
+
+    def _pool(self, group: Group) -> LatentPool:
+        if group not in self._pools:
+            control = input_type(self._checkpoints[group.checkpoint].unet, CONTROL)
+            self._pools[group] = LatentPool(self._device, control=control)
+        return self._pools[group]
 
     def _drop(self, track: Track, now: float) -> None:
         if track.is_cancelled():

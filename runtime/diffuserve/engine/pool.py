@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from diffuserve.engine.control import ControlRows
 from diffuserve.engine.masked import Kept, masks_told
 from diffuserve.engine.track import HIDDEN_STATES, Track
 from diffuserve.sampling import HISTORY
@@ -47,11 +48,12 @@ class LatentPool:
     """Slots for the images of one group (checkpoint and size). Owned by the loop's thread alone.
 
     Tensors are float32 on `device`, allocated once and doubled when they are full, so that steps allocate only what
-    a call needs.
+    a call needs. `control` is the type in which a UNet with a ControlNet takes its controls.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    def __init__(self, device: torch.device | None = None, *, control: torch.dtype | None = None) -> None:
         self._device = device or torch.device("cpu")
+        self._control = None if control is None else ControlRows(control, self._device)
         self._free: list[int] = []
         self._capacity = 0
         self._latents = self._history = _MOVED
@@ -76,8 +78,10 @@ class LatentPool:
         """Free the slot; the image's latents [C, h, w] and its history [HISTORY, C, h, w]."""
         latents, history = self._latents[track.slot].clone(), self._history[track.slot].clone()
         self._free.append(track.slot)
-        track.slot = -1
+        track.slot, track.control = -1, None
         self._batch = None
+        if self._control is not None and self.is_empty:
+            self._control.release()
         return latents, history
 
     def _grow(self, track: Track) -> None:
@@ -148,7 +152,7 @@ class LatentPool:
             image_of_row=on_device(image_of_row),
             conditional=on_device(conditional),
             unconditional=on_device(unconditional),
-            conditioning=self._conditioning(tracks, padding),
+            conditioning=self._conditioning(tracks, padding) | self._controls(tracks, rows),
             guidance_scale=per_image([track.guidance_scale for track in tracks]),
             guidance_rescale=per_image(rescale) if any(rescale) else None,
             told=masks_told(tracks, self._device),
@@ -170,6 +174,9 @@ class LatentPool:
             each += [each[-1][-1:]] * padding
             rows[name] = torch.cat(each).to(self._device)
         return rows
+
+    def _controls(self, tracks: Sequence[Track], rows: int) -> dict[str, torch.Tensor]:
+        return {} if self._control is None else self._control.told(tracks, rows)
 
     def _guided(self, batch: _Batch, scaled: torch.Tensor, denoise: Denoise) -> torch.Tensor:
         """Rows out, rows back, and classifier-free guidance (Ho & Salimans 2022, eq. 6, as diffusers writes it)."""

@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from diffuserve.engine.control import Control
 from diffuserve.engine.costs import Group
 from diffuserve.engine.forecast import Demand
 from diffuserve.engine.masked import Masked
@@ -34,6 +35,7 @@ class Track:
                          of an image that was begun elsewhere
     steps_before         denoising steps that were complete then
     masked               of an image with a mask
+    control              of an image with a picture for the UNet's ControlNet
     deadline             of the loop's clock, in seconds, or None
     on_start()           when its first UNet call begins
     on_step(done)        whenever a denoising step is complete, with their number
@@ -56,6 +58,7 @@ class Track:
     history: torch.Tensor | None = None
     steps_before: int = 0
     masked: Masked | None = None
+    control: Control | None = None
     predict_every: int = 0
     priority: int = 0
     tag: str = ""

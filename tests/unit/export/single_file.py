@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["save_single_file"]
+__all__ = ["original_controlnet", "save_single_file"]
 
 _RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3"}
 _RESNET |= {"time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}
@@ -46,6 +46,27 @@ def save_single_file(pipeline: Any, file: Path, *, without: str = "") -> Path:
     return file
 
 
+def original_controlnet(model: Any) -> dict[str, torch.Tensor]:
+    """The weights of an SD1.x ControlNetModel, as the original code names them."""
+    layers = model.config.layers_per_block + 1
+    renamed = {}
+    for name, one in model.state_dict().items():
+        if match := re.fullmatch(r"controlnet_down_blocks\.(\d+)\.(.*)", name):
+            new = f"zero_convs.{match[1]}.0.{match[2]}"
+        elif match := re.fullmatch(r"controlnet_cond_embedding\.(conv_in|blocks\.(\d)|conv_out)\.(.*)", name):
+            # There it is one list, with an activation after every layer.
+            place = {"conv_in": 0, "conv_out": 14}.get(match[1], 2 * int(match[2] or 0) + 2)
+            new = f"input_hint_block.{place}.{match[3]}"
+        elif match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.*)", name):
+            is_resnet = match[1] == "resnets"
+            new = f"middle_block.{2 * int(match[2]) if is_resnet else 1}."
+            new += _replace(match[3], _RESNET) if is_resnet else match[3]
+        else:
+            new = _side(name, layers, ()).replace("controlnet_mid_block", "middle_block_out.0")
+        renamed[f"control_model.{new}"] = one.contiguous()
+    return renamed
+
+
 def _replace(name: str, names: dict[str, str]) -> str:
     for new, old in names.items():
         name = name.replace(new, old)
@@ -53,7 +74,10 @@ def _replace(name: str, names: dict[str, str]) -> str:
 
 
 def _unet(name: str, pipeline: Any) -> str:
-    layers = pipeline.unet.config.layers_per_block + 1
+    return _side(name, pipeline.unet.config.layers_per_block + 1, pipeline.unet.up_blocks)
+
+
+def _side(name: str, layers: int, up_blocks: Any) -> str:
     if match := re.fullmatch(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", name):
         side, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
         blocks = "input_blocks" if side == "down" else "output_blocks"
@@ -61,7 +85,7 @@ def _unet(name: str, pipeline: Any) -> str:
         if kind == "downsamplers":
             return f"{blocks}.{layers * (block + 1)}.0.op.{rest.removeprefix('conv.')}"
         if kind == "upsamplers":
-            attends = hasattr(pipeline.unet.up_blocks[block], "attentions")
+            attends = hasattr(up_blocks[block], "attentions")
             return f"{blocks}.{first + layers - 1}.{1 + attends}.{rest}"
         rest = _replace(rest, _RESNET) if kind == "resnets" else rest
         return f"{blocks}.{first + index}.{int(kind == 'attentions')}.{rest}"
