@@ -33,6 +33,7 @@ _PACKAGES: Final = {"s3": "s3fs", "gs": "gcsfs", "file": "fsspec"}
 _SAME: Final = {"gcs": "gs", "s3a": "s3"}
 _ADDRESS: Final = re.compile(r"(?:(?P<protocol>[a-z0-9]+)://)?(?P<path>.*)", re.DOTALL)
 _SUFFIX: Final = ".json"
+_NO_BUCKET: Final = re.compile(r"bucket does not exist|NoSuchBucket")
 _MAX_LISTED: Final = 10_000
 
 Advance = Callable[[int], None]
@@ -63,7 +64,7 @@ def open_store(url: str, jobs: int) -> Store:
             url=url,
         ) from error
     # No listing is remembered, for others write as well.
-    system = kind(use_listings_cache=False, skip_instance_cache=True)
+    system = kind(use_listings_cache=False)
     store = _FolderStore if protocol == "file" else Store
     return store(url, system, str(Path(path).absolute()) if protocol == "file" else path, jobs)
 
@@ -241,7 +242,7 @@ class Store:
         except (DiffuserveError, FileExistsError):
             raise
         except FileNotFoundError as error:
-            if "bucket" in str(error).lower():
+            if _NO_BUCKET.search(str(error)):
                 raise StorageError(
                     f"{self.url}: {error}; make the bucket, or correct its name", url=self.url
                 ) from error

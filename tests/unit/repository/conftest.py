@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,12 +50,6 @@ def seal(root: Path) -> None:
     (root / "checkpoints" / "fake" / "SHA256SUMS").write_text("".join(lines))
 
 
-@pytest.fixture(scope="session")
-def s3() -> Iterator[S3Server]:
-    with S3Server() as server:
-        yield server
-
-
 class Place:
     """Where deployments are stored, and what a test needs to know of it."""
 
@@ -82,11 +76,15 @@ def flipped(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-@pytest.fixture(params=["folder", "s3"])
+#: For tests in which storage has a part of its own; to others a folder is as good.
+EVERYWHERE = pytest.mark.parametrize("make_place", ["folder", "s3"], indirect=True)
+
+
+@pytest.fixture
 def make_place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Place]:
     """Makes empty places of one kind."""
     numbers = itertools.count()
-    if request.param == "folder":
+    if getattr(request, "param", "folder") == "folder":
         return lambda: Place(str(tmp_path / f"store-{next(numbers)}"))
     server: S3Server = request.getfixturevalue("s3")
     monkeypatch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
