@@ -79,3 +79,12 @@ def pipeline() -> Any:
     pipeline = StableDiffusionPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """moto's S3 server on loopback: an S3Server."""
+    from s3_server import S3Server
+
+    with S3Server() as server:
+        yield server

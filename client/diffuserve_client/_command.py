@@ -13,23 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from diffuserve import __version__
-from diffuserve.errors import (
-    DiffuserveError,
-    InvalidArgumentError,
-    NotFoundError,
-    UnavailableError,
-    UnsupportedError,
-)
+from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
 from diffuserve_client._client import DEFAULT_URL, Client
 from diffuserve_client._doctor import DOCTOR_EXIT_CODES_HELP, doctor
-from diffuserve_client._errors import ConnectionFailedError
+from diffuserve_client._exits import EXIT_CODES_HELP, complain, errors_as_exit_codes, exit_code
 from diffuserve_client._files import FORMAT_OF_SUFFIX, check_writable, numbered, write_atomically
+from diffuserve_client._repository import repository
 from diffuserve_client._timeout import Timeout
 
 if TYPE_CHECKING:
@@ -39,30 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "exit_code"]
 
-EXIT_CODES_HELP: Final = (
-    "Exit codes: 0 done; 1 any other failure; 2 a bad value or usage, or something that the server does not have; "
-    "3 the server cannot be reached; 4 the deadline passed, or the server is busy or shutting down; 130 Ctrl-C."
-)
-_EXIT_CODES: Final[tuple[tuple[type[DiffuserveError], int], ...]] = (
-    (InvalidArgumentError, 2),
-    (NotFoundError, 2),
-    (UnsupportedError, 2),
-    (ConnectionFailedError, 3),
-    (UnavailableError, 4),
-)
-_EXIT_INTERRUPTED: Final = 130
-
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Make pictures from prompts on a diffuserve server.",
     epilog=EXIT_CODES_HELP,
 )
-
-
-def exit_code(error: DiffuserveError) -> int:
-    """What the command exits with for an error."""
-    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,6 +59,7 @@ def main(
 
 
 app.command(epilog=DOCTOR_EXIT_CODES_HELP)(doctor)
+app.add_typer(repository, name="repository")
 
 
 @app.command(epilog=EXIT_CODES_HELP)
@@ -155,7 +133,7 @@ def generate(
         "client_tag": client_tag,
         "preview_every": preview_every,
     }
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         pictures = {"init_image": init_image, "mask_image": mask, "control_image": control}
         given |= {name: _read(path) for name, path in pictures.items() if path is not None}
         request = GenerateRequest(
@@ -246,7 +224,7 @@ def _write(paths: list[Path], pictures: list[bytes]) -> None:
         try:
             write_atomically(path, data)
         except OSError as error:
-            _complain(f"cannot write {path}: {error.strerror}; choose another place with --output")
+            complain(f"cannot write {path}: {error.strerror}; choose another place with --output")
             raise typer.Exit(1) from error
 
 
@@ -264,19 +242,3 @@ def _as_json(result: GenerateResult, paths: list[Path], seconds: float) -> str:
     return json.dumps(
         {"images": images, "seconds": round(seconds, 3), "request": result.request.parameters()}, ensure_ascii=False
     )
-
-
-@contextmanager
-def _errors_as_exit_codes() -> Iterator[None]:
-    try:
-        yield
-    except DiffuserveError as error:
-        _complain(error.message)
-        raise typer.Exit(exit_code(error)) from error
-    except KeyboardInterrupt as error:
-        _complain("interrupted")
-        raise typer.Exit(_EXIT_INTERRUPTED) from error
-
-
-def _complain(message: str) -> None:
-    typer.echo(f"diffuserve: {' '.join(message.split())}", err=True)

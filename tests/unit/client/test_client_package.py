@@ -18,7 +18,7 @@ from diffuserve_client._exchange import CHANNEL_OPTIONS
 from diffuserve_client._results import result_from
 
 HEAVY = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "tokenizers", "transformers", "diffusers"}
-SLOW = {"grpc", "tritonclient", "numpy", "PIL", "rich"}
+SLOW = {"grpc", "tritonclient", "numpy", "PIL", "rich", "fsspec", "s3fs", "gcsfs"}
 
 
 def loaded_by(statement: str) -> set[str]:

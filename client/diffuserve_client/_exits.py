@@ -1,0 +1,54 @@
+"""From errors to one line on stderr and the command's exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import typer
+
+from diffuserve.errors import (
+    DiffuserveError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+    UnsupportedError,
+)
+from diffuserve_client._errors import ConnectionFailedError
+
+__all__ = ["EXIT_CODES_HELP", "complain", "errors_as_exit_codes", "exit_code"]
+
+EXIT_CODES_HELP: Final = (
+    "Exit codes: 0 done; 1 any other failure; 2 a bad value or usage, or something that the server does not have; "
+    "3 the server cannot be reached; 4 the deadline passed, or the server is busy or shutting down; 130 Ctrl-C."
+)
+_EXIT_CODES: Final[tuple[tuple[type[DiffuserveError], int], ...]] = (
+    (InvalidArgumentError, 2),
+    (NotFoundError, 2),
+    (UnsupportedError, 2),
+    (ConnectionFailedError, 3),
+    (UnavailableError, 4),
+)
+_EXIT_INTERRUPTED: Final = 130
+
+
+def exit_code(error: DiffuserveError) -> int:
+    """What the command exits with for an error."""
+    return next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
+
+
+@contextmanager
+def errors_as_exit_codes() -> Iterator[None]:
+    try:
+        yield
+    except DiffuserveError as error:
+        complain(error.message)
+        raise typer.Exit(exit_code(error)) from error
+    except KeyboardInterrupt as error:
+        complain("interrupted")
+        raise typer.Exit(_EXIT_INTERRUPTED) from error
+
+
+def complain(message: str) -> None:
+    typer.echo(f"diffuserve: {' '.join(message.split())}", err=True)
