@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-
 from diffuserve.lora.layout import LORA, LORA_INDEX
 from diffuserve.manifest import TensorShape
 from diffuserve.spec import UNET
@@ -86,7 +85,11 @@ def graphs(case: Case, folder: Path) -> tuple[Path, Path, int]:
     add_lora(module, layout)
     example += [torch.randn(4, layout.size), torch.arange(3)]
     path = folder / "lora.onnx"
-    return plain, onnx_from_component(module, with_lora(ports, layout.size), example, path, WHOLE_ATTENTION), layout.size
+    return (
+        plain,
+        onnx_from_component(module, with_lora(ports, layout.size), example, path, WHOLE_ATTENTION),
+        layout.size,
+    )
 
 
 def feeds(case: Case, width: int, rows: int) -> Feeds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffuserve.lora.layout import LoraLayout
 from diffuserve.manifest import Component, Conditioning, Encoder, LatentColours, Manifest, Range
 from diffuserve.spec import PREVIEW_DECODER, VAE_COMPONENTS, VAE_DECODER, device_kind
 from diffuserve_export.checkpoint import CONTROLNET, Checkpoint
@@ -60,7 +61,9 @@ def _triton_model(plan: Plan, component: str, graph: Graph, folder: Path, report
         component_model_from_onnx(folder, graph.ports)
     else:
         report.stage(component, "building")
-        model = GpuModel(plan.target, graph.precision, component, graph.ports, _ranges(plan, component, graph), plan.engine)
+        model = GpuModel(
+            plan.target, graph.precision, component, graph.ports, _ranges(plan, component, graph.lora), plan.engine
+        )
         engine = gpu_model_from_onnx(folder, model, report.note)
     sha256, size = (engine.sha256, engine.bytes) if engine else _hash_and_bytes(onnx_files(graph.path))
     inputs, outputs = graph.ports
@@ -82,10 +85,10 @@ def _hash_and_bytes(files: list[Path]) -> tuple[str, int]:
     return sha256_of(files), sum(file.stat().st_size for file in files)
 
 
-def _ranges(plan: Plan, component: str, graph: Graph) -> ShapeRanges:
+def _ranges(plan: Plan, component: str, lora: LoraLayout | None) -> ShapeRanges:
     size = plan.vae_size if component in VAE_COMPONENTS else plan.size
     rows = Range(1, 1, 1) if component == PREVIEW_DECODER else plan.rows  # previews are made one by one
-    others = {"adapters": Range(1, 2, graph.lora.adapters)} if graph.lora else {}
+    others = {"adapters": Range(1, 2, lora.adapters)} if lora else {}
     return ShapeRanges(size, rows, plan.checkpoint.latent_scale, plan.checkpoint.token_limit, others)
 
 

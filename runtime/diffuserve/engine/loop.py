@@ -194,7 +194,7 @@ class DenoiseLoop:
 
     def _pool(self, group: Group) -> LatentPool:
         if group not in self._pools:
-            control = input_type(self._checkpoints[group.checkpoint].unet, CONTROL)
+            control = input_type(self._checkpoints(group.checkpoint).unet, CONTROL)
             self._pools[group] = LatentPool(self._device, control=control)
         return self._pools[group]
 

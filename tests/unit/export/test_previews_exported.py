@@ -136,7 +136,7 @@ def test_engines_are_built_for_tiles_and_previews_one_by_one(
 ) -> None:
     plan = planned(exported, tmp_path, tiny_vae, vae_tile=24)
     for name in plan.precisions:
-        ranges = _ranges(plan, name)
+        ranges = _ranges(plan, name, None)
         assert ranges.size == (Range(8, 16, 24, 4) if name in VAE_COMPONENTS else Range(8, 16, 48, 4))
         assert ranges.rows == (Range(1, 1, 1) if name == PREVIEW_DECODER else Range(1, 8, 64))
 
