@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine accept-families accept-requests accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-simulate simulate clean
+.PHONY: help install demo test accept-engine accept-families accept-requests accept-sharing accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-simulate simulate clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ accept-families: $(INSTALLED) ## Small checkpoints of every family through the w
 accept-requests: $(INSTALLED) ## Snapshots after every step, clients that exhaust a server, masks with every sampler, previews and tiles
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_exhaustion.py \
 		tests/acceptance/test_inpainting.py tests/acceptance/test_previews_and_tiles.py
+
+accept-sharing: $(INSTALLED) ## ControlNets: a TensorRT-RTX engine, random mixes
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_control.py
 
 accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \

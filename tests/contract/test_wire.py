@@ -63,6 +63,8 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
         init_image=init_image,
         mask_image=draw(st.binary()) if init_image else b"",
         strength=draw(st.floats(0.001, 1)),
+        control_image=draw(st.binary()),
+        control_scale=draw(st.floats(0, 2)),
         progress_every=draw(st.integers(0, 150)),
         image_format=draw(st.sampled_from(IMAGE_FORMATS)),
         image_encoding=draw(st.sampled_from(IMAGE_ENCODINGS)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gc
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +25,7 @@ from diffuserve.sampling import TrajectoryCompiler
 from diffuserve.service import DiffusionService
 from unit.fakes import SCHEDULER, FakeModels, Recorder, write_deployment
 from unit.pictures import SVG, encoded, mask, picture, png_of_size
+from unit.test_handing_over import drained_at
 
 CONTROLLED = Conditioning(control=True)
 PICTURE, OTHER = encoded(picture()), encoded(mask().convert("RGB"))
@@ -234,8 +234,9 @@ def test_requests_with_and_without_share_calls_and_do_not_notice(start: Start, t
     assert found["none"].data == whole
     assert found["no scale"].data == whole
     assert len({one.data for one in found.values()}) == 4
+    another, _ = start()
     for name, values in cases.items():
-        alone = first(ask(start()[0], **values))
+        alone = first(ask(another, **values))
         assert alone.data == found[name].data, name
         assert alone.info["control_scale"] == values.get("control_scale", 1.0)
 
@@ -250,40 +251,26 @@ def test_a_request_that_is_over_keeps_no_picture(start: Start) -> None:
     assert not {(192, 192), (3, 192, 192)} & sizes
 
 
-def drained_at(service: DiffusionService, models: FakeModels, call: int, **values: Any) -> Recorder:
-    """A request whose server begins to drain while that UNet call is under way; with 0 before it was begun."""
-    reached, begin = threading.Event(), threading.Event()
-
-    def until_suspended(number: int) -> None:
-        if number == call:
-            reached.set()
-            while not service.loop._suspending:
-                time.sleep(0.001)
-
-    models.before_unet = until_suspended
-    if call == 0:
-        service._prepare.submit((-1000.0,), lambda: hold(begin))
-    reply = ask(service, **values)
-    assert call == 0 or reached.wait(20)
-    drain = threading.Thread(target=service.drain, args=(0.0,))
-    drain.start()
-    reply.wait()
-    begin.set()
-    drain.join(20)
-    assert not drain.is_alive()
-    return reply
-
-
 @pytest.mark.parametrize("call", [0, 1, 3])
-def test_the_picture_is_the_same_when_another_server_goes_on(start: Start, call: int) -> None:
+def test_the_picture_is_the_same_when_another_server_goes_on(
+    start: Start, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a request that was not begun, with 0."""
     values: dict[str, Any] = {"control_image": encoded(picture(80, 100)), "control_scale": 0.75}
-    values |= {"init_image": PICTURE, "strength": 0.9}
+    values |= {"init_image": PICTURE, "strength": 0.9, "steps": 5}
     whole = ask(start()[0], **values).wait().events[0]
-    (left,) = drained_at(*start(), call, **values).events
+    if call:
+        reply = drained_at(*start(), call, **values)
+    else:
+        service, _ = start()
+        monkeypatch.setattr(service, "_prepare_waiting", lambda: None)
+        reply = ask(service, **values)
+        service.drain(0.0)
+    (left,) = reply.wait().events
     assert left.kind == "snapshot"
-    reply = Recorder()
-    start()[0].submit(GenerateRequest(prompt="", resume=left.data), reply)
-    (again,) = reply.wait().events
+    other = Recorder()
+    start()[0].submit(GenerateRequest(prompt="", resume=left.data), other)
+    (again,) = other.wait().events
     assert again.data == whole.data
     assert again.info["control_scale"] == 0.75
     (without,) = ask(start()[0], **{**values, "control_image": b"", "control_scale": 1.0}).wait().events

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 
 from diffuserve import snapshot as module
 from diffuserve.errors import DiffuserveError, InvalidArgumentError
+from diffuserve.manifest import Conditioning
 from diffuserve.request import GenerateRequest
 from diffuserve.service import DiffusionService
 from diffuserve.snapshot import ImageState, decode_snapshot, encode_snapshot
 from unit.fakes import FakeModels, Recorder, write_deployment
+from unit.pictures import encoded, picture
 from unit.test_handing_over import drained_at
 from unit.test_snapshot import snapshot
 
@@ -142,11 +144,15 @@ class Served:
     """A service that goes on, and a snapshot of a request that it could finish."""
 
     def __init__(self, folder: Path) -> None:
-        deployment = write_deployment(folder, "fake")
+        deployment = write_deployment(folder, "fake", conditioning=Conditioning(control=True))
         drained, self.service = (DiffusionService(deployment, FakeModels().runner(), key=KEY) for _ in range(2))
         models: Any = drained._checkpoints["fake"]._runner
         fakes = models._models["unet"].__self__
-        self.snapshot = drained_at(drained, fakes, 4, sampler="heun", num_images=2).events[-1].data
+        self.snapshot = (
+            drained_at(drained, fakes, 4, sampler="heun", num_images=2, control_image=encoded(picture(32, 32)))
+            .events[-1]
+            .data
+        )
         drained.close()
         packed = safetensors.torch.load(self.snapshot[HEAD:])["facts"].numpy().tobytes()
         self.facts = json.loads(zlib.decompress(packed))

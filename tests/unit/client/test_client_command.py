@@ -67,11 +67,20 @@ def test_it_writes_the_picture_and_says_so(fake: FakeTriton, tmp_path: Path) -> 
 def test_pictures_are_read_and_sent(fake: FakeTriton, tmp_path: Path) -> None:
     (tmp_path / "in.png").write_bytes(b"a picture")
     (tmp_path / "mask.png").write_bytes(b"a mask")
+    (tmp_path / "edges.png").write_bytes(b"edges")
     options = ("--init-image", "in.png", "--mask", "mask.png", "--strength", "0.5")
+    options += ("--control", "edges.png", "--control-scale", "0.75")
     result = run("generate", "a", *options, "-o", "a.png", url=fake.url)
     assert result.exit_code == 0, result.output
     assert fake.requests == [
-        GenerateRequest(prompt="a", init_image=b"a picture", mask_image=b"a mask", strength=0.5),
+        GenerateRequest(
+            prompt="a",
+            init_image=b"a picture",
+            mask_image=b"a mask",
+            strength=0.5,
+            control_image=b"edges",
+            control_scale=0.75,
+        ),
     ]
 
 
@@ -85,6 +94,8 @@ def test_pictures_are_read_and_sent(fake: FakeTriton, tmp_path: Path) -> None:
         (("--init-image", "."), "diffuserve: cannot read .: Is a directory"),
         (("--init-image", "empty.png"), "diffuserve: empty.png is empty; give a picture's file"),
         (("--mask", "mask.png"), "diffuserve: mask_image is given without init_image"),
+        (("--control", "no.png"), "diffuserve: cannot read no.png: No such file"),
+        (("--control-scale", "2.1"), "diffuserve: control_scale is 2.1, and must be from 0 to 2"),
     ],
 )
 def test_pictures_that_are_not_there_are_told(options: tuple[str, ...], said: str, tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""ControlNets at length: engines that TensorRT-RTX really builds, and random mixes that never bleed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import CHECKPOINT, ROOT
+from diffuserve.engine_files import ENGINE_FILE
+from diffuserve.manifest import Deployment, Manifest
+from diffuserve.sampling import SAMPLERS
+from diffuserve.server import ServerOptions, TritonServer
+from diffuserve.spec import UNET
+from diffuserve_client import Client
+from diffuserve_export import ExportOptions, export_checkpoint
+from diffuserve_export.engines import EngineOptions
+from integration.families import Families, exported_families
+from integration.swapped import parsed_config
+from shapes_recipe.control import posed, silhouette
+from shapes_recipe.world import trained_scenes
+from unit.pictures import encoded
+
+MIXES = 60
+COMPANY = 11
+
+
+@pytest.fixture(scope="module")
+def engines() -> tuple[Path, Manifest]:
+    """The shapes checkpoint with its ControlNet, in half precision, for a card of compute capability 8.9."""
+    out = ROOT / "build" / "deployments" / "control-rtx"
+    options = ExportOptions(
+        checkpoint=str(CHECKPOINT),
+        controlnet=str(CHECKPOINT.with_name("shapes-control")),
+        out=out,
+        name="rtx",
+        target="tensorrt-rtx",
+        precision="fp16",
+        engine=EngineOptions(compute_capability="89"),
+    )
+    return out, export_checkpoint(options)
+
+
+def test_tensorrt_rtx_builds_a_unet_with_its_controlnet(engines: tuple[Path, Manifest]) -> None:
+    out, manifest = engines
+    unet = manifest.components[UNET]
+    assert manifest.conditioning.control
+    assert unet.engine is not None
+    found = {one.name: (one.datatype, one.shape) for one in unet.inputs}
+    assert found["control"] == ("FP16", ("rows", 3, "height", "width"))
+    assert found["control_scale"] == ("FP16", ("rows",))
+    for profile in unet.engine.profiles:
+        for side in ("height", "width"):
+            pixels, latents = profile.sides[side], profile.sides[f"latent_{side}"]
+            assert (pixels.min, pixels.opt, pixels.max) == (8 * latents.min, 8 * latents.opt, 8 * latents.max)
+    assert unet.engine.max_rows(manifest.sides(64, 64)) == 64
+    assert (out / "models" / unet.model / "1" / ENGINE_FILE).stat().st_size == unet.engine.bytes
+    config = {one.name: list(one.dims) for one in parsed_config(out / "models" / unet.model).input}
+    assert (config["control"], config["control_scale"]) == ([-1, 3, -1, -1], [-1])
+    print(f"engine of {unet.engine.bytes / 1e6:.1f} MB, built in {unet.engine.build_seconds:.0f} s")  # noqa: T201
+
+
+@pytest.fixture(scope="module")
+def client_of_control(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    families = Families(tmp_path_factory.mktemp("controlled"))
+    out = ROOT / "build" / "deployments" / "control"
+    exported: Deployment = exported_families(families, ["sd15-control"], out, deployment)
+    with TritonServer(ServerOptions(deployment=exported.root, http_port=0, grpc_port=0, metrics_port=0)) as server:
+        server.wait_ready()
+        with Client(server.grpc_url) as client:
+            yield client
+
+
+def _random_request(rng: random.Random) -> dict[str, Any]:
+    request = {
+        "prompt": rng.choice(trained_scenes()).caption,
+        "steps": rng.choice([2, 3, 4, 6, 8]),
+        "sampler": rng.choice(list(SAMPLERS)),
+        "guidance_scale": rng.choice([1.0, 2.0, 7.5]),
+        "seed": rng.randrange(2**32),
+        "width": rng.choice([64, 64, 96]),
+        "height": 64,
+    }
+    if rng.random() < 0.6:
+        scene = posed(np.random.default_rng(rng.randrange(2**32)))
+        request |= {"control_image": encoded(silhouette(scene)), "control_scale": rng.choice([0.0, 0.4, 1.0, 2.0])}
+    return request
+
+
+def test_a_picture_is_the_same_alone_and_among_others(client_of_control: Client) -> None:
+    rng, differences = random.Random(300), list[int]()
+    with ThreadPoolExecutor(COMPANY + 1) as pool:
+        for _ in range(MIXES):
+            requests = [_random_request(rng) for _ in range(COMPANY + 1)]
+            together = list(pool.map(lambda one: client_of_control.generate(**one).image, requests))
+            chosen = rng.randrange(len(requests))
+            alone = np.asarray(client_of_control.generate(**requests[chosen]).image).astype(int)
+            differences.append(int(np.abs(alone - np.asarray(together[chosen]).astype(int)).max()))
+            assert differences[-1] <= 1, requests[chosen]
+    identical = sum(one == 0 for one in differences)
+    print(f"{identical} of {MIXES} identical, the others differ by 1/255")  # noqa: T201
