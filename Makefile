@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine accept-families accept-requests accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-simulate simulate clean
+.PHONY: help install demo test accept-engine accept-families accept-requests accept-tensorrt accept-sharing check format export serve gpu-check bench-serving bench-engine bench-attention bench-lora bench-simulate simulate clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,9 @@ accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engine
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \
 		tests/acceptance/test_full_size.py tests/acceptance/test_quantized_sizes.py tests/acceptance/test_quantized_quality.py
 
+accept-sharing: $(INSTALLED) ## Full-size SD1.5 with LoRA to TensorRT-RTX engines [WRITE_DOCS=1]
+	$(PYTHON) -m pytest -s --timeout 7200 tests/acceptance/test_lora_full_size.py
+
 check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
@@ -71,12 +74,13 @@ format: $(INSTALLED) ## Apply ruff's formatting and safe fixes
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM_WEIGHTS=1 [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS VAE_TILE PREVIEW_VAE OUT COMPUTE_CAPABILITY]
+export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM_WEIGHTS=1 [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS VAE_TILE PREVIEW_VAE LORA_RANK OUT COMPUTE_CAPABILITY]
 	$(PYTHON) -m diffuserve_export $(if $(RANDOM_WEIGHTS),--random-weights,--checkpoint "$(CHECKPOINT)") \
 		$(if $(FAMILY),--family "$(FAMILY)") $(if $(CONFIG),--config "$(CONFIG)") $(if $(ALLOW_PICKLE),--allow-pickle) \
 		$(if $(VAE_PRECISION),--vae-precision "$(VAE_PRECISION)") --target "$(TARGET)" --precision "$(PRECISION)" --out "$(OUT)" \
 		$(if $(NAME),--name "$(NAME)") $(if $(SIZES),--sizes "$(SIZES)") $(if $(MAX_ROWS),--max-rows "$(MAX_ROWS)") \
 		$(if $(VAE_TILE),--vae-tile "$(VAE_TILE)") $(if $(PREVIEW_VAE),--preview-vae "$(PREVIEW_VAE)") \
+		$(if $(LORA_RANK),--lora-rank "$(LORA_RANK)") \
 		$(if $(COMPUTE_CAPABILITY),--compute-capability "$(COMPUTE_CAPABILITY)") \
 		$(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(if $(MEMORY_BUDGET),--memory-budget "$(MEMORY_BUDGET)") \
 		$(if $(CUDA_GRAPHS),--cuda-graphs) $(if $(PROVIDER),--provider "$(PROVIDER)") \
@@ -104,6 +108,9 @@ bench-engine: $(INSTALLED) ## This service beside other designs, long [QUICK=1 P
 
 bench-attention: $(INSTALLED) ## Attention as one ONNX node and as many, for each target that runs here [WRITE_DOCS=1]
 	$(PYTHON) bench/attention.py $(if $(WRITE_DOCS),--write-docs)
+
+bench-lora: $(INSTALLED) ## What LoRA adapters as an input cost in ONNX Runtime [WRITE_DOCS=1]
+	$(PYTHON) bench/lora.py $(if $(WRITE_DOCS),--write-docs)
 
 bench-simulate: $(INSTALLED) ## The real server at three loads beside the simulated one [WRITE_DOCS=1]
 	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes

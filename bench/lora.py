@@ -86,7 +86,11 @@ def graphs(case: Case, folder: Path) -> tuple[Path, Path, int]:
     add_lora(module, layout)
     example += [torch.randn(4, layout.size), torch.arange(3)]
     path = folder / "lora.onnx"
-    return plain, onnx_from_component(module, with_lora(ports, layout.size), example, path, WHOLE_ATTENTION), layout.size
+    return (
+        plain,
+        onnx_from_component(module, with_lora(ports, layout.size), example, path, WHOLE_ATTENTION),
+        layout.size,
+    )
 
 
 def feeds(case: Case, width: int, rows: int) -> Feeds:

@@ -60,7 +60,9 @@ def _triton_model(plan: Plan, component: str, graph: Graph, folder: Path, report
         component_model_from_onnx(folder, graph.ports)
     else:
         report.stage(component, "building")
-        model = GpuModel(plan.target, graph.precision, component, graph.ports, _ranges(plan, component, graph), plan.engine)
+        model = GpuModel(
+            plan.target, graph.precision, component, graph.ports, _ranges(plan, component, graph), plan.engine
+        )
         engine = gpu_model_from_onnx(folder, model, report.note)
     sha256, size = (engine.sha256, engine.bytes) if engine else _hash_and_bytes(onnx_files(graph.path))
     inputs, outputs = graph.ports

@@ -65,7 +65,15 @@ class Plan:
         weights = type(self.checkpoint.weights).__name__, getattr(self.checkpoint.weights, "seed", None)
         quantize = {"quantize": asdict(self.quantize)} if self.quantize else {}
         lora = {"lora_rank": self.lora_rank} if self.lora_rank else {}
-        return {**options, **ranges, **engine, **quantize, **lora, "family": self.checkpoint.family.name, "weights": weights}
+        return {
+            **options,
+            **ranges,
+            **engine,
+            **quantize,
+            **lora,
+            "family": self.checkpoint.family.name,
+            "weights": weights,
+        }
 
     @property
     def graph_bytes(self) -> dict[str, int]:
