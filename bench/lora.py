@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-
 from diffuserve.lora.layout import LORA, LORA_INDEX
 from diffuserve.manifest import TensorShape
 from diffuserve.spec import UNET

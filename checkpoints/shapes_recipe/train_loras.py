@@ -1,8 +1,8 @@
-"""Train two LoRAs for the shapes checkpoint, each a few kilobytes that change what it draws.
+"""Train two LoRAs for the shapes checkpoint, each of some 300 kilobytes.
 
     night   every background is black, whatever the caption says. UNet only; written as kohya's scripts do
-    bar     a shape that the checkpoint never knew, "a small red bar on a blue background". UNet and text encoder; written
-            as diffusers and PEFT do
+    bar     a shape that the checkpoint never knew, "a small red bar on a blue background". UNet and text encoder;
+            written as diffusers and PEFT do
 
 Seeded, on a CPU, in minutes. PEFT makes the adapters.
 

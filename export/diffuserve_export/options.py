@@ -70,10 +70,10 @@ class ExportOptions:
     deployment; by default it comes from the checkpoint. `sizes` is "min:opt:max" in pixels, by default what the
     family allows for the checkpoint's own size. `max_rows` bounds the rows of one UNet call. `vae_tile` is the largest
     side in pixels that the autoencoder takes in one piece, by default what the family allows; larger pictures go
-    through it in tiles. `preview_vae` is the folder of a diffusers AutoencoderTiny for previews. With a `lora_rank`, UNet
-    and text encoders take LoRA adapters of that rank as inputs. `vae_precision` is the
-    autoencoder's, by default `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU
-    targets, `quantize` for the quantized precisions. Raises OptionError.
+    through it in tiles. `preview_vae` is the folder of a diffusers AutoencoderTiny for previews. With a `lora_rank`,
+    UNet and text encoders take LoRA adapters of that rank as inputs. `vae_precision` is the autoencoder's, by default
+    `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU targets, `quantize` for the
+    quantized precisions. Raises OptionError.
     """
 
     out: Path

@@ -24,7 +24,7 @@ from diffuserve_export.checkpoint import Checkpoint, Part
 from diffuserve_export.errors import OptionError
 from diffuserve_export.options import DEFAULT_OPT_ROWS, ExportOptions
 
-__all__ = ["DATATYPES", "Ports", "ports_of", "with_lora", "row_range", "size_range", "vae_range"]
+__all__ = ["DATATYPES", "Ports", "ports_of", "row_range", "size_range", "vae_range", "with_lora"]
 
 Ports = tuple[tuple[TensorShape, ...], tuple[TensorShape, ...]]
 #: Triton's names of the precisions.

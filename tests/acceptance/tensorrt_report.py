@@ -15,7 +15,10 @@ _PAGE: Final = ROOT / "docs" / "export.md"
 
 
 def publish(name: str, text: str, by: str = "make accept-tensorrt") -> None:
-    """Write or replace one section, which the make target `by` measures. Each has a file, so that a run of one test keeps the others' sections."""
+    """Write or replace one section, which the make target `by` measures.
+
+    Each has a file, so that a run of one test keeps the others' sections.
+    """
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{name.replace(' ', '-')}.section.md").write_text(f"## {name}\n\n{text}\n", encoding="utf-8")
     sections = [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.section.md"))]

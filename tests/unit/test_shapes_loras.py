@@ -1,4 +1,4 @@
-"""The two LoRAs of the shapes checkpoint: their files, and that diffusers draws with them what they were trained for."""
+"""The two LoRAs of the shapes checkpoint: their files, and what diffusers draws with them."""
 
 from __future__ import annotations
 
