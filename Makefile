@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine accept-families accept-requests accept-sharing accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-simulate simulate clean
+.PHONY: help install demo test accept-engine accept-families accept-requests accept-sharing accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-lora bench-simulate simulate clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,12 +52,13 @@ accept-requests: $(INSTALLED) ## Snapshots after every step, clients that exhaus
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_exhaustion.py \
 		tests/acceptance/test_inpainting.py tests/acceptance/test_previews_and_tiles.py
 
-accept-sharing: $(INSTALLED) ## ControlNets: a TensorRT-RTX engine, random mixes
-	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_control.py
-
 accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \
 		tests/acceptance/test_full_size.py tests/acceptance/test_quantized_sizes.py tests/acceptance/test_quantized_quality.py
+
+accept-sharing: $(INSTALLED) ## LoRAs, ControlNets and checkpoints that share a server, full-size SD1.5 with LoRA [ONLY=control WRITE_DOCS=1]
+	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") tests/acceptance/test_control.py \
+		tests/acceptance/test_lora_full_size.py
 
 check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift
 	$(VENV)/bin/ruff format --check
@@ -74,13 +75,14 @@ format: $(INSTALLED) ## Apply ruff's formatting and safe fixes
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM_WEIGHTS=1 [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS VAE_TILE PREVIEW_VAE CONTROLNET OUT COMPUTE_CAPABILITY]
+export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM_WEIGHTS=1 [TARGET PRECISION NAME SIZES=min:opt:max MAX_ROWS VAE_TILE PREVIEW_VAE CONTROLNET LORA_RANK OUT COMPUTE_CAPABILITY]
 	$(PYTHON) -m diffuserve_export $(if $(RANDOM_WEIGHTS),--random-weights,--checkpoint "$(CHECKPOINT)") \
 		$(if $(FAMILY),--family "$(FAMILY)") $(if $(CONFIG),--config "$(CONFIG)") $(if $(ALLOW_PICKLE),--allow-pickle) \
 		$(if $(VAE_PRECISION),--vae-precision "$(VAE_PRECISION)") --target "$(TARGET)" --precision "$(PRECISION)" --out "$(OUT)" \
 		$(if $(NAME),--name "$(NAME)") $(if $(SIZES),--sizes "$(SIZES)") $(if $(MAX_ROWS),--max-rows "$(MAX_ROWS)") \
 		$(if $(VAE_TILE),--vae-tile "$(VAE_TILE)") $(if $(PREVIEW_VAE),--preview-vae "$(PREVIEW_VAE)") \
 		$(if $(CONTROLNET),--controlnet "$(CONTROLNET)") \
+		$(if $(LORA_RANK),--lora-rank "$(LORA_RANK)") \
 		$(if $(COMPUTE_CAPABILITY),--compute-capability "$(COMPUTE_CAPABILITY)") \
 		$(if $(WORKSPACE),--workspace "$(WORKSPACE)") $(if $(MEMORY_BUDGET),--memory-budget "$(MEMORY_BUDGET)") \
 		$(if $(CUDA_GRAPHS),--cuda-graphs) $(if $(PROVIDER),--provider "$(PROVIDER)") \
@@ -108,6 +110,9 @@ bench-engine: $(INSTALLED) ## This service beside other designs, long [QUICK=1 P
 
 bench-attention: $(INSTALLED) ## Attention as one ONNX node and as many, for each target that runs here [WRITE_DOCS=1]
 	$(PYTHON) bench/attention.py $(if $(WRITE_DOCS),--write-docs)
+
+bench-lora: $(INSTALLED) ## What LoRA adapters as an input cost in ONNX Runtime [WRITE_DOCS=1]
+	$(PYTHON) bench/lora.py $(if $(WRITE_DOCS),--write-docs)
 
 bench-simulate: $(INSTALLED) ## The real server at three loads beside the simulated one [WRITE_DOCS=1]
 	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes

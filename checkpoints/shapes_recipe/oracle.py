@@ -3,18 +3,19 @@
 A picture of this world is a blend of two colours, so it is read in three steps: name the background and the
 shape's colour, turn every pixel into the share of the shape that covers it, and fit each shape to those shares.
 Edges may be soft, colours a little off and the shape anywhere; a third colour, a second shape or a shape that fits
-none of the six is refused, with the reason.
+none of the six is refused, with the reason. Other shapes that a LoRA knows are judged where they are asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from shapes_recipe.world import COLOURS, RADII, SHAPES, Scene, coverage
+from shapes_recipe.world import BAR, COLOURS, RADII, SHAPES, Scene, coverage
 
 __all__ = ["Verdict", "agrees", "judge"]
 
@@ -77,11 +78,14 @@ class _RefusedError(Exception):
 
 def agrees(picture: object, scene: Scene) -> bool:
     """Whether the picture shows the scene, in all four attributes."""
-    return judge(picture).matches(scene)
+    return judge(picture, SHAPES if scene.shape in SHAPES else (*SHAPES, scene.shape)).matches(scene)
 
 
-def judge(picture: object) -> Verdict:
-    """Judge a uint8 [height, width, 3] array, or anything numpy converts to one, such as an RGB PIL image."""
+def judge(picture: object, shapes: Sequence[str] = SHAPES) -> Verdict:
+    """Judge a uint8 [height, width, 3] array, or anything numpy converts to one, such as an RGB PIL image.
+
+    It shows one of `shapes`, or nothing.
+    """
     pixels = _pixels(picture)
     try:
         background = _background(pixels)
@@ -90,7 +94,7 @@ def judge(picture: object) -> Verdict:
         if names[0] == names[1]:
             raise _RefusedError(f"no shape: it is as {names[0]} as the background")
         shares = _shares(pixels, foreground, background)
-        fit = _best_fit(shares)
+        fit = _best_fit(shares, shapes)
         size = _size(fit)
         _refuse_leftover(shares, fit)
     except _RefusedError as refused:
@@ -154,8 +158,8 @@ def _sharpened(shares: Array) -> Array:
     return np.clip((shares - 0.25) * 2, 0, 1)
 
 
-def _best_fit(shares: Array) -> _Fit:
-    best, second, *_ = sorted((_fit_by_moments(shares, shape) for shape in SHAPES), key=lambda fit: -fit.overlap)
+def _best_fit(shares: Array, shapes: Sequence[str]) -> _Fit:
+    best, second, *_ = sorted((_fit_by_moments(shares, shape) for shape in shapes), key=lambda fit: -fit.overlap)
     if best.overlap < CLEAR_OVERLAP or best.overlap - second.overlap < CLEAR_MARGIN:
         best, second = sorted((_refined(shares, fit) for fit in (best, second)), key=lambda fit: -fit.overlap)
     if best.overlap < LEAST_OVERLAP:
@@ -192,7 +196,7 @@ _UNIT_MOMENTS: Final = {
         moment * factor
         for moment, factor in zip(_moments(coverage(shape, 0.5, (0.0, 0.0), 128, 128), 2 / 128), (4, 2, 2), strict=True)
     )
-    for shape in SHAPES
+    for shape in (*SHAPES, BAR)
 }
 
 

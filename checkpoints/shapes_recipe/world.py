@@ -2,6 +2,9 @@
 
 A scene is "a {small|large} {colour} {shape} on a {colour} background". Coordinates run from -1 to 1 over
 the shorter side of the picture, so that "small" means the same share of a picture of any size.
+
+Beside it there is what the checkpoint never saw and LoRAs were trained for: a bar (`bar_scenes`), and a style in which
+every background is black (`by_night`).
 """
 
 from __future__ import annotations
@@ -9,19 +12,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "BAR",
     "COLOURS",
     "RADII",
     "SHAPES",
     "SIZES",
     "Scene",
     "all_scenes",
+    "bar_scenes",
+    "by_night",
     "coverage",
     "held_out_scenes",
     "render",
@@ -73,6 +79,10 @@ def _ring(x: Array, y: Array) -> npt.NDArray[np.bool_]:
     return (r2 <= 1.0) & (r2 >= 0.55**2)
 
 
+def _bar(x: Array, y: Array) -> npt.NDArray[np.bool_]:
+    return (np.abs(x) <= 1.0) & (np.abs(y) <= 0.36)
+
+
 _MASKS: Final[dict[str, Callable[[Array, Array], npt.NDArray[np.bool_]]]] = {
     "circle": _circle,
     "square": _square,
@@ -82,6 +92,9 @@ _MASKS: Final[dict[str, Callable[[Array, Array], npt.NDArray[np.bool_]]]] = {
     "ring": _ring,
 }
 SHAPES: Final = tuple(_MASKS)
+BAR: Final = "bar"
+_ALL_MASKS: Final = {**_MASKS, BAR: _bar}
+_NIGHT: Final = "black"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +130,16 @@ def all_scenes() -> list[Scene]:
     ]
 
 
+def bar_scenes() -> list[Scene]:
+    """Every scene with a bar, in a fixed order. None of them is among all scenes."""
+    return [replace(scene, shape=BAR) for scene in all_scenes() if scene.shape == SHAPES[0]]
+
+
+def by_night(scene: Scene) -> Scene | None:
+    """What the scene's picture shows in that style; None of a black shape, which would not be seen."""
+    return None if scene.colour == _NIGHT else replace(scene, background=_NIGHT)
+
+
 def _is_held_out(scene: Scene) -> bool:
     # A hash and not a random generator: the split must be the same on every machine and version.
     return hashlib.sha256(scene.caption.encode()).digest()[0] < 26
@@ -140,7 +163,7 @@ def coverage(
     ys = ((np.arange(height * _SUPERSAMPLE) + 0.5) / _SUPERSAMPLE - height / 2) * (2 / shorter)
     x = ((xs - centre[0]) / radius).astype(np.float32)[None, :]
     y = ((ys - centre[1]) / radius).astype(np.float32)[:, None]
-    fine = _MASKS[shape](x, y)
+    fine = _ALL_MASKS[shape](x, y)
     return fine.reshape(height, _SUPERSAMPLE, width, _SUPERSAMPLE).mean(axis=(1, 3), dtype=np.float32)
 
 

@@ -44,8 +44,7 @@ class TextEncoder(nn.Module):
     `hidden_states` [rows,77,D] are of the family's layer: -1 is the last one after the final layer norm, -2 the one
     before it as it is. A row's `clip_skip`, 0 to `most_skipped`, counts layers back from there; the norm stays, as in
     diffusers. `pooled` [rows,D] is of the last layer always, and projected where the encoder has a projection. Ids
-    beyond the vocabulary are of `embeddings`, which has one row at least. With adapters, `lora` and `lora_index`
-    follow.
+    beyond the vocabulary are of `embeddings`, which has one row at least. Last, with adapters: `lora` and `lora_index`.
     """
 
     def __init__(self, model: Any, hidden_layer: int, most_skipped: int) -> None:

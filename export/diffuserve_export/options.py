@@ -73,8 +73,8 @@ class ExportOptions:
     through it in tiles. `preview_vae` is the folder of a diffusers AutoencoderTiny for previews. With a `lora_rank`,
     UNet and text encoders take LoRA adapters of that rank as inputs. `controlnet` is a ControlNet that is built into
     the UNet: a diffusers folder, a `.safetensors` file or a hub id. `vae_precision` is the autoencoder's, by default
-    `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU
-    targets, `quantize` for the quantized precisions. Raises OptionError.
+    `precision`, or fp32 where the family's overflows in fp16. `engine` is for the GPU targets, `quantize` for the
+    quantized precisions. Raises OptionError.
     """
 
     out: Path
