@@ -88,7 +88,7 @@ class InFlightServer:
     def _demand(self, image: _Image) -> Demand:
         if image.remaining == image.demand.remaining:
             return image.demand
-        return Demand(image.demand.group, image.demand.rows, image.remaining)
+        return Demand(image.demand.group, image.demand.rows, image.remaining, length=image.request.steps)
 
     def _prepare(self) -> None:
         """Encode the texts of the most urgent, and of all others that fit into the call."""
@@ -148,7 +148,7 @@ class InFlightServer:
         )
 
     def _stepped(self, step: Step, started: float) -> None:
-        self.policy.costs.observe(self._table.group, step.rows, self._clock.now - started)
+        self.policy.settle(step, self._clock.now - started)
         for one in step.chosen:
             image = self._active[one.key]
             image.remaining -= 1

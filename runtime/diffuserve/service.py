@@ -370,7 +370,10 @@ def _demands(beginning: Snapshot) -> list[Demand]:
     group, priority = Group(resolved.checkpoint, resolved.height, resolved.width), resolved.request.priority
     last = beginning.first + beginning.trajectory.evaluations
     chunks = resolved.reading.chunks
-    return [Demand(group, resolved.rows, last - image.evaluation, priority, chunks) for image in beginning.images]
+    length = beginning.trajectory.evaluations
+    return [
+        Demand(group, resolved.rows, last - image.evaluation, priority, chunks, length) for image in beginning.images
+    ]
 
 
 def _raise(error: Exception) -> None:

@@ -2,11 +2,12 @@
 
 from diffuserve.engine.control import Control
 from diffuserve.engine.costs import CALIBRATION_ROWS, Group, StepCosts
-from diffuserve.engine.forecast import Demand, Forecast, forecast
+from diffuserve.engine.forecast import Demand, Forecast, Sharing, forecast
 from diffuserve.engine.loop import DenoiseLoop, LoopCheckpoint, Trial
 from diffuserve.engine.masked import Masked
 from diffuserve.engine.policy import Candidate, Eta, Step, StepPolicy
 from diffuserve.engine.pool import LatentPool
+from diffuserve.engine.shares import Shares
 from diffuserve.engine.track import HIDDEN_STATES, Track
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "LatentPool",
     "LoopCheckpoint",
     "Masked",
+    "Shares",
+    "Sharing",
     "Step",
     "StepCosts",
     "StepPolicy",

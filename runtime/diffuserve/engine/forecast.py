@@ -5,25 +5,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from diffuserve.engine.costs import Group
+from diffuserve.engine.shares import BRIEF
 
-__all__ = ["Demand", "Forecast", "forecast"]
+__all__ = ["Demand", "Forecast", "Sharing", "forecast"]
 
 #: A group's row cap, and the seconds of a call by its rows and the chunks of its prompts.
 Calls = Callable[[Group], tuple[int, Callable[[int, int], float]]]
 
+_SAME: Final = 1e-9  # of seconds and of turns: what arithmetic makes of equal ones
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demand:
-    """What one image still takes: `remaining` UNet calls of `rows` rows, with prompts of `chunks` windows."""
+    """What one image still takes: `remaining` UNet calls of `rows` rows, with prompts of `chunks` windows.
+
+    `length` counts all of its calls, those that it had included; 0 is as many as remain.
+    """
 
     group: Group
     rows: int
     remaining: int
     priority: int = 0
     chunks: int = 1
+    length: int = 0
+
+    @property
+    def is_brief(self) -> bool:
+        return (self.length or self.remaining) <= BRIEF
 
 
 class Forecast(NamedTuple):
@@ -33,47 +44,145 @@ class Forecast(NamedTuple):
     latest: float
 
 
-def forecast(present: Sequence[Demand], calls: Calls, asked: Sequence[Demand]) -> Forecast:
+class Sharing(NamedTuple):
+    """What a forecast knows of checkpoints, by name: the weight, how far its virtual time is ahead of the least, and
+    the seconds until its components are there.
+    """
+
+    weight: Callable[[str], float] = lambda name: 1.0  # noqa: ARG005
+    ahead: Callable[[str], float] = lambda name: 0.0  # noqa: ARG005
+    ready: Callable[[str], float] = lambda name: 0.0  # noqa: ARG005
+
+
+class _Group:
+    """Images of one group: those that wait, the next one last, and those in its calls with the turn of their last."""
+
+    def __init__(self, cap: int, seconds: Callable[[int, int], float]) -> None:
+        self.cap, self.seconds = cap, seconds
+        self.queue: list[Demand] = []
+        self.active: list[tuple[Demand, float]] = []
+
+    def fill(self, turns: float) -> float:
+        """Let images into the calls; the seconds of a call from now on."""
+        rows = sum(one.rows for one, _ in self.active)
+        while rows < self.cap and (fits := _next_that_fits(self.queue, self.cap - rows)) is not None:
+            one = self.queue.pop(fits)
+            self.active.append((one, turns + one.remaining))
+            rows += one.rows
+        return self.seconds(rows, math.lcm(*(one.chunks for one, _ in self.active))) if self.active else 0.0
+
+
+class _Checkpoint:
+    """One checkpoint's groups, which take turns, a call each. `virtual` is its time as fair sharing counts it."""
+
+    def __init__(self, weight: float, virtual: float, ready: float) -> None:
+        self.weight, self.virtual, self.ready = weight, virtual, ready
+        self.groups: dict[Group, _Group] = {}
+        self.turns = 0.0
+        self.cost = self.borrowed = 0.0  # of a turn; and what it may be ahead
+        self.priority: int | None = None
+        self.next_end = 0.0
+
+    def fill(self) -> None:
+        """Find out what a turn is from now on, and when one of its images ends."""
+        costs = {group: one.fill(self.turns) for group, one in self.groups.items()}
+        self.cost = sum(costs.values())
+        active = [(group, one, last) for group, held in self.groups.items() for one, last in held.active]
+        waiting = [one for held in self.groups.values() for one in held.queue]
+        self.priority = max((one.priority for one in (*(one for _, one, _ in active), *waiting)), default=None)
+        self.next_end = min((last for *_, last in active), default=0.0)
+        brief = {group for group, one, _ in active if one.is_brief and one.priority == self.priority}
+        self.borrowed = BRIEF * max((costs[group] for group in brief), default=0.0)
+
+    @property
+    def claim(self) -> float:
+        return self.virtual - self.borrowed / self.weight
+
+    @property
+    def to_next_end(self) -> float:
+        """Virtual time until one of its images ends."""
+        return (self.next_end - self.turns) * self.cost / self.weight
+
+    def advance(self, virtual: float) -> list[Demand]:
+        """Let virtual time pass; the images that ended."""
+        reached = virtual >= self.to_next_end - _SAME
+        self.turns = self.next_end if reached else self.turns + virtual * self.weight / self.cost
+        self.virtual += virtual
+        if not reached:
+            return []
+        ended: list[Demand] = []
+        for group in self.groups.values():
+            ended += [one for one, last in group.active if last <= self.turns + _SAME]
+            group.active = [(one, last) for one, last in group.active if last > self.turns + _SAME]
+        self.fill()
+        return ended
+
+
+def forecast(
+    present: Sequence[Demand], calls: Calls, asked: Sequence[Demand], sharing: Sharing | None = None
+) -> Forecast:
     """When `asked`, which are among `present`, will be stepped to their end.
 
-    Nobody else is taken to arrive. Groups take turns, a call each; a call's rows are the images of the highest
-    priority and the least left to do, up to the group's cap. From one image's end to the next nothing changes, so
-    time advances from end to end: at most as many rounds of work as there are images.
+    Nobody else is taken to arrive, and nobody to age. Of checkpoints, those that have the highest priority run by fair
+    shares, as if they ran at once, each with its share of the time; brief images go first for as long as their checkpoint
+    may borrow. In a checkpoint groups take turns, a call each; a call's rows are the images of the highest priority and
+    the least left to do, up to the group's cap. From one image's end to the next little changes, so time advances from
+    end to end: a few rounds of work for each image.
     """
-    waiting: dict[Group, list[Demand]] = {}
+    checkpoints = _arranged(present, calls, sharing or Sharing())
+    done: list[float] = []
+    missing = {id(one) for one in asked}
+    clock = 0.0
+    while missing:
+        left = [one for one in checkpoints if one.priority is not None]
+        if not left:
+            raise ValueError("a forecast was asked for images that are not present")
+        clock, ended = _round(left, clock)
+        for one in ended:
+            if id(one) in missing:
+                missing.remove(id(one))
+                done.append(clock)
+    return Forecast(done[0], done[-1]) if done else Forecast(0.0, 0.0)
+
+
+def _arranged(present: Sequence[Demand], calls: Calls, sharing: Sharing) -> list[_Checkpoint]:
+    checkpoints: dict[str, _Checkpoint] = {}
     # The next one is the last of its list; of equals it is the first that came.
     numbered = enumerate(present)
     for _, one in sorted(numbered, key=lambda pair: (pair[1].priority, -pair[1].remaining, -pair[0])):
-        waiting.setdefault(one.group, []).append(one)
-    shapes = {group: calls(group) for group in waiting}
-    running: dict[Group, dict[int, tuple[Demand, int]]] = {group: {} for group in waiting}
-    done: list[float] = []
-    missing = {id(one) for one in asked}
-    clock, turns = 0.0, 0  # turns: calls that each group has had so far
-    while missing:
-        turn_cost, next_end = 0.0, None
-        for group, (cap, seconds) in shapes.items():
-            active, queue = running[group], waiting[group]
-            rows = sum(one.rows for one, _ in active.values())
-            while rows < cap and (fits := _next_that_fits(queue, cap - rows)) is not None:
-                one = queue.pop(fits)
-                active[id(one)] = one, turns + one.remaining
-                rows += one.rows
-            if active:
-                turn_cost += seconds(rows, math.lcm(*(one.chunks for one, _ in active.values())))
-                end = min(last for _, last in active.values())
-                next_end = end if next_end is None else min(next_end, end)
-        if next_end is None:
-            raise ValueError("a forecast was asked for images that are not present")
-        clock += (next_end - turns) * turn_cost
-        turns = next_end
-        for active in running.values():
-            for key in [key for key, (_, last) in active.items() if last <= turns]:
-                del active[key]
-                if key in missing:
-                    missing.remove(key)
-                    done.append(clock)
-    return Forecast(done[0], done[-1]) if done else Forecast(0.0, 0.0)
+        name = one.group.checkpoint
+        if name not in checkpoints:
+            checkpoints[name] = _Checkpoint(sharing.weight(name), sharing.ahead(name), sharing.ready(name))
+        groups = checkpoints[name].groups
+        if one.group not in groups:
+            groups[one.group] = _Group(*calls(one.group))
+        groups[one.group].queue.append(one)
+    for checkpoint in checkpoints.values():
+        checkpoint.fill()
+    return list(checkpoints.values())
+
+
+def _round(left: Sequence[_Checkpoint], clock: float) -> tuple[float, list[Demand]]:
+    """Until an image ends, or another checkpoint takes part: the time then, and what ended."""
+    there = [one for one in left if one.ready <= clock]
+    if not there:
+        return min(one.ready for one in left), []
+    top = max(one.priority for one in there if one.priority is not None)
+    competing = [one for one in there if one.priority == top]
+    lowest = min(one.claim for one in competing)
+    running = [one for one in competing if one.claim <= lowest + _SAME]
+    weights = sum(one.weight for one in running)
+    until = [one.to_next_end for one in running]
+    until += [one.claim - lowest for one in competing if one.claim > lowest + _SAME]
+    until += [(one.ready - clock) / weights for one in left if one.ready > clock]
+    passing = max(0.0, min(until))
+    ended = [demand for one in running for demand in one.advance(passing)]
+    clock += passing * weights
+    floor = min(one.virtual for one in competing)
+    for one in left:  # absence earns nothing
+        if one not in competing:
+            one.virtual = max(one.virtual, floor)
+    return clock, ended
 
 
 def _next_that_fits(queue: Sequence[Demand], free: int) -> int | None:

@@ -14,7 +14,7 @@ import torch
 
 from diffuserve.components import ComponentRunner, cast_inputs, check_rows, input_type
 from diffuserve.engine.costs import Group
-from diffuserve.engine.policy import StepPolicy
+from diffuserve.engine.policy import Step, StepPolicy
 from diffuserve.engine.pool import LatentPool
 from diffuserve.engine.track import Track
 from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
@@ -114,8 +114,7 @@ class DenoiseLoop:
             while self._wait_for_work():
                 if self._suspending:
                     self._let_go()
-                if self._active:
-                    self._guarded(list(self._active.values()), self._turn)
+                self._guarded(list(self._active.values()), self._turn)
         except BaseException as error:  # the thread must not end in silence: its clients would wait forever
             _log.exception("the denoising loop ended")
             self._stop(InternalError(f"the denoising loop ended: {error!r}"))
@@ -180,7 +179,7 @@ class DenoiseLoop:
         if step is None:
             return
         tracks = [self._active[one.key] for one in step.chosen]
-        self._guarded(tracks, lambda: self._step(tracks, step.rows))
+        self._guarded(tracks, lambda: self._step(tracks, step))
         for track in tracks:
             if track.slot >= 0:
                 self._guarded([track], lambda track=track: self._after_step(track))  # type: ignore[misc]
@@ -208,8 +207,8 @@ class DenoiseLoop:
                 steps_done=track.steps_done(track.evaluation),
             )
 
-    def _step(self, tracks: Sequence[Track], rows: int) -> None:
-        group, started, engine = tracks[0].group, self._clock(), 0.0
+    def _step(self, tracks: Sequence[Track], step: Step) -> None:
+        group, started, engine = step.group, self._clock(), 0.0
         unet = self._checkpoints(group.checkpoint).unet
         trace = next((track.trace for track in tracks if track.trace is not None), None)
         self.calls += 1
@@ -230,10 +229,10 @@ class DenoiseLoop:
             engine = self._clock() - called
             return check_rows(unet, outputs["model_output"], len(sample))
 
-        self._pools[group].step(tracks, denoise, rows)
+        self._pools[group].step(tracks, denoise, step.rows)
         seconds = self._clock() - started
-        self._policy.costs.observe(group, rows, seconds, math.lcm(*(track.chunks for track in tracks)))
-        self._telemetry.stepped(group, rows, seconds, engine)
+        self._policy.settle(step, seconds, math.lcm(*(track.chunks for track in tracks)))
+        self._telemetry.stepped(group, step.rows, seconds, engine)
 
     def _after_step(self, track: Track) -> None:
         done = track.steps_done(track.evaluation)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from diffuserve.engine.costs import Group, StepCosts
-from diffuserve.engine.forecast import Demand, forecast
+from diffuserve.engine.forecast import Demand, Sharing, forecast
+from diffuserve.engine.shares import BRIEF, Shares
 from diffuserve.errors import DeadlineError, QueueFullError
 
 __all__ = ["Candidate", "Eta", "Step", "StepPolicy"]
@@ -53,10 +54,18 @@ class Eta:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One UNet call: whose rows go in, in the order in which they joined, and how many rows it has with padding."""
+    """One UNet call: whose rows go in, in the order in which they joined, and how many rows it has with padding.
+
+    `expected` is the seconds that it should take.
+    """
 
     chosen: tuple[Candidate, ...]
     rows: int
+    expected: float = 0.0
+
+    @property
+    def group(self) -> Group:
+        return self.chosen[0].group
 
 
 def kind_of(demands: Sequence[Demand]) -> Hashable:
@@ -78,6 +87,7 @@ class StepPolicy:
     stretch       how many times longer a call may take than one of the short requests in it alone, where they are few
                   beside long ones
     ageing        seconds without a step after which an image counts as one priority higher
+    weight        of a checkpoint, above 0: its share of the stepping time beside others is in proportion to it
     """
 
     costs: StepCosts
@@ -89,22 +99,34 @@ class StepPolicy:
     brisk: float | None = 0.85
     stretch: float = 3.0
     ageing: float = 5.0
+    weight: Callable[[str], float] = lambda name: 1.0  # noqa: ARG005
     # Work that each client tag has had, as fair queueing's virtual time (Goyal et al. 1996, start-time fair queueing):
     # kept for tags with images in the server only, so its size is bounded.
     _served: dict[str, float] = field(default_factory=dict, init=False)
+    _shares: Shares = field(init=False)
     _called: dict[Group, int] = field(default_factory=dict, init=False)
     _calls: int = field(default=0, init=False)
     _calls_since_short: int = field(default=_BRISK_CALLS, init=False)
 
+    def __post_init__(self) -> None:
+        self._shares = Shares(self.weight)
+
     def admit(
-        self, demands: Sequence[Demand], present: Sequence[Demand], now: float, deadline: float | None = None
+        self,
+        demands: Sequence[Demand],
+        present: Sequence[Demand],
+        now: float,
+        deadline: float | None = None,
+        ready: Callable[[str], float] = lambda name: 0.0,  # noqa: ARG005
     ) -> Eta:
-        """When new images will be done, beside those that are present.
+        """When new images will be done, beside those that are present. `ready` is the seconds until a checkpoint's
+        components are there.
 
         Raises QueueFullError where they are too many, DeadlineError where the deadline cannot be met.
         """
+        sharing = Sharing(self.weight, self._shares.ahead, ready)
         if len(present) + len(demands) > self.max_images:
-            room = self.costs.corrected(forecast(present, self.calls_of, present).earliest)
+            room = self.costs.corrected(forecast(present, self.calls_of, present, sharing).earliest)
             raise QueueFullError(
                 f"{len(present)} images are in the server, and with {len(demands)} more they would exceed the limit of "
                 f"{self.max_images}; try again in {room:.1f} s",
@@ -112,7 +134,7 @@ class StepPolicy:
                 maximum=self.max_images,
                 eta_ms=round(1000 * room),
             )
-        stepping = forecast([*present, *demands], self.calls_of, demands).latest
+        stepping = forecast([*present, *demands], self.calls_of, demands, sharing).latest
         raw = stepping + self.costs.around(kind_of(demands))
         eta = Eta(self.costs.corrected(raw), raw)
         if deadline is not None and now + eta.seconds > deadline:
@@ -150,23 +172,28 @@ class StepPolicy:
         return next((bucket for bucket in buckets if bucket >= cap), buckets[-1] if buckets else cap)
 
     def choose(self, candidates: Sequence[Candidate], now: float) -> Step | None:
-        """The next UNet call: images of one group.
+        """The next UNet call: images of one group. Without candidates None, and all checkpoints are even again.
 
-        Highest level first; among equals the client tag that had the least work so far; then, of one tag, the group
-        that was called longest ago; within a group the image with the least left to do, which keeps short requests
-        short (shortest remaining time first), while ageing bounds how long the others wait.
+        First the checkpoint, by fair shares of the measured time among those that have an image of the highest
+        priority, or one that ageing has brought there. In it the highest level first; among equals the client tag that
+        had the least work so far; then, of one tag, the group that was called longest ago; within a group the image
+        with the least left to do, which keeps short requests short (shortest remaining time first), while ageing bounds
+        how long the others wait.
         """
         self._forget_the_gone(candidates)
         if not candidates:
+            self._shares.compete(())
             return None
         levels = {one.key: self.level(one, now) for one in candidates}
-        top = max(levels.values())
+        checkpoint = self._whose_turn(candidates, levels)
+        own = [one for one in candidates if one.group.checkpoint == checkpoint]
+        top = max(levels[one.key] for one in own)
         first = min(
-            (one for one in candidates if levels[one.key] == top),
+            (one for one in own if levels[one.key] == top),
             key=lambda one: (self._served[one.tag], self._called.get(one.group, 0), one.joined),
         )
         group = first.group
-        members = [one for one in candidates if one.group == group]
+        members = [one for one in own if one.group == group]
         cap = self._cap_for_short(members)
         chosen = self._fill(members, levels, cap)
         chosen, rows = self._fit_to_buckets(group, chosen)
@@ -174,7 +201,37 @@ class StepPolicy:
         self._called[group] = self._calls
         for one in chosen:
             self._served[one.tag] += one.rows * group.pixels
-        return Step(tuple(sorted(chosen, key=lambda one: one.joined)), rows)
+        expected = self.costs.seconds(group, rows)
+        self._shares.charge(checkpoint, expected)
+        return Step(tuple(sorted(chosen, key=lambda one: one.joined)), rows, expected)
+
+    def settle(self, step: Step, seconds: float, chunks: int = 1) -> None:
+        """The call that `choose` gave is done, after `seconds`, with prompts of so many chunks.
+
+        Until then, and for good where the call failed, its checkpoint is charged what was expected.
+        """
+        self.costs.observe(step.group, step.rows, seconds, chunks)
+        self._shares.charge(step.group.checkpoint, seconds - step.expected)
+
+    def _whose_turn(self, candidates: Sequence[Candidate], levels: Mapping[int, int]) -> str:
+        bar = max(one.priority for one in candidates)
+        competing: dict[str, list[Candidate]] = {}
+        for one in candidates:
+            if levels[one.key] >= bar:
+                competing.setdefault(one.group.checkpoint, []).append(one)
+        self._shares.compete(competing)
+        if len(competing) == 1:
+            return next(iter(competing))
+        return self._shares.next({name: self._borrowing(members) for name, members in competing.items()})
+
+    def _borrowing(self, candidates: Sequence[Candidate]) -> float:
+        """The seconds by which a checkpoint may be ahead of its share: some calls of its brief images."""
+        rows: dict[Group, int] = {}
+        for one in candidates:
+            if one.length <= BRIEF:
+                rows[one.group] = rows.get(one.group, 0) + one.rows
+        calls = (self.costs.seconds(group, min(count, self.row_cap(group))) for group, count in rows.items())
+        return BRIEF * max(calls, default=0.0)
 
     def _cap_for_short(self, candidates: Sequence[Candidate]) -> int:
         """The row cap, with fewer rows while short requests are stepped among long ones, which make their steps long.

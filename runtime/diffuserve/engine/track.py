@@ -122,4 +122,5 @@ class Track:
 
     def demand(self) -> Demand:
         """What forecasts see of it."""
-        return Demand(self.group, self.rows, self.remaining, self.priority, self.chunks)
+        length = self.trajectory.evaluations
+        return Demand(self.group, self.rows, self.remaining, self.priority, self.chunks, length)
