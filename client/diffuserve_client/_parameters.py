@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypedDict
 
@@ -44,6 +45,7 @@ class GenerateParameters(ResumeParameters, total=False):
     strength: float
     control_image: bytes
     control_scale: float
+    loras: Sequence[str]
     image_format: str
 
 
@@ -66,7 +68,7 @@ def request_from(
             )
         request = prompt
     else:
-        request = GenerateRequest(prompt=prompt, **parameters)
+        request = GenerateRequest(prompt=prompt, **parameters)  # type: ignore[arg-type]  # it makes `loras` a tuple
     if wants_progress and request.progress_every == 0:
         # Without this the caller's function would be taken and never called.
         request = replace(request, progress_every=1)
