@@ -68,7 +68,7 @@ def request_from(
             )
         request = prompt
     else:
-        request = GenerateRequest(prompt=prompt, **parameters)  # type: ignore[arg-type]  # it makes `loras` a tuple
+        request = GenerateRequest(prompt=prompt, **parameters)
     if wants_progress and request.progress_every == 0:
         # Without this the caller's function would be taken and never called.
         request = replace(request, progress_every=1)

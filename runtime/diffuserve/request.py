@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
@@ -147,7 +147,7 @@ class GenerateRequest:
     init_image: bytes = b""
     mask_image: bytes = b""
     strength: float = DEFAULT_STRENGTH
-    loras: tuple[str, ...] = ()
+    loras: Sequence[str] = ()
     control_image: bytes = b""
     control_scale: float = DEFAULT_CONTROL_SCALE
     progress_every: int = 0

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from diffuserve.errors import InternalError, InvalidArgumentError, UnsupportedError
+from diffuserve.errors import InternalError, InvalidArgumentError
 from diffuserve.request import EVENT_KINDS, Event, GenerateRequest
 
 __all__ = [
@@ -100,7 +100,6 @@ _INPUT_SPECS: Final = {spec.name: spec for spec in INPUTS}
 GENERATE: Final = "generate"
 OPERATIONS: Final = ("status", "drain")
 _MAX_GRACE_MS: Final = 3600 * 1000
-_BUILT: Final = frozenset({*GenerateRequest.field_names(), "operation"})
 _DTYPES: Final[dict[str, Any]] = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BYTES": np.object_}
 
 
@@ -133,7 +132,7 @@ def decode_request(tensors: Mapping[str, Array], parameters: Mapping[str, Any] |
     `parameters` are Triton's request parameters, where `/generate` puts every key that names no input:
     they are refused, since a misspelt option must not be ignored.
 
-    Raises InvalidArgumentError for bad values and UnsupportedError for inputs that are not built yet.
+    Raises InvalidArgumentError.
     """
     for name in parameters or ():
         raise InvalidArgumentError(f"{name!r} is not an input of this model; leave it out or correct it", input=name)
@@ -144,8 +143,6 @@ def decode_request(tensors: Mapping[str, Array], parameters: Mapping[str, Any] |
             raise InvalidArgumentError(
                 f"{name!r} is not an input of this model; leave it out or correct it", input=name
             )
-        if name not in _BUILT:
-            raise UnsupportedError(f"{name} is not supported by this server yet; leave it out", input=name)
         values[name] = _texts(spec, array) if spec.shape == _LIST else _scalar(spec, array)
     values.pop("operation", None)  # `generate`: decode_operation knows the others
     if "prompt" not in values:
