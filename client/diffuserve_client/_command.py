@@ -98,6 +98,10 @@ def generate(
         Path | None, typer.Option(help="A picture for the checkpoint's ControlNet: PNG, JPEG or WebP.")
     ] = None,
     control_scale: Annotated[float | None, typer.Option(help="0 to 2: how much CONTROL counts.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA of the server's, as NAME, NAME:WEIGHT or NAME:WEIGHT:truncate; as often as needed."),
+    ] = None,
     image_format: Annotated[
         str | None, typer.Option("--format", help="png, jpeg or webp; else what the file's suffix says.")
     ] = None,
@@ -128,6 +132,7 @@ def generate(
         "num_images": num_images,
         "strength": strength,
         "control_scale": control_scale,
+        "loras": tuple(lora) if lora else None,
         "priority": priority,
         "deadline_ms": deadline_ms,
         "client_tag": client_tag,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypedDict
 
@@ -44,6 +45,7 @@ class GenerateParameters(ResumeParameters, total=False):
     strength: float
     control_image: bytes
     control_scale: float
+    loras: Sequence[str]
     image_format: str
 
 

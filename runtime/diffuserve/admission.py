@@ -1,7 +1,7 @@
-"""Requests with pictures or snapshots, read beside Triton's thread and within a limit of memory.
+"""Requests with pictures, snapshots or LoRAs, read beside Triton's thread and within a limit of memory.
 
-Triton calls the model on one thread. A picture of 4096 x 4096 pixels takes half a second to decode, and while that
-thread is busy no request is accepted and nobody is told how the server is.
+Triton calls the model on one thread. A picture of 4096 x 4096 pixels takes half a second to decode, and a large file
+of LoRA as long to read. While that thread is busy no request is accepted and nobody is told how the server is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Submit(Protocol):
 
 
 class Admission:
-    """Submits requests to a service; large ones from threads of its own.
+    """Submits requests to a service; large ones, and those with LoRAs, from threads of its own.
 
     `refused` is told of a large one that the service did not accept.
     """
@@ -47,7 +47,7 @@ class Admission:
         QueueFullError or CancelledError.
         """
         size = request.given_bytes
-        if size < _LARGE_BYTES:
+        if size < _LARGE_BYTES and not request.loras:
             self._submit(request, reply, request_id=request_id, trace=trace)
             return
         self._hold(size)

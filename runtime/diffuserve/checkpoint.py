@@ -24,6 +24,7 @@ from diffuserve.images import (
     read_pictures,
     resized,
 )
+from diffuserve.lora.folder import CheckpointLoras, LoraFolder
 from diffuserve.manifest import Deployment, Manifest
 from diffuserve.prompts import EmbeddingFolder
 from diffuserve.request import (
@@ -46,13 +47,20 @@ _SEED_BOUND: Final = 2**32  # what the server draws stays readable, and exact in
 
 
 class Checkpoint:
-    """Loads what the loop needs of one checkpoint. `embeddings` is the deployment's own folder unless it is given.
+    """Loads what the loop needs of one checkpoint.
+
+    `embeddings` and `loras` are the deployment's own folders unless they are given.
 
     Raises OSError or ValueError for a folder that is not whole, or that another version exported.
     """
 
     def __init__(
-        self, deployment: Deployment, name: str, runner: ComponentRunner, embeddings: EmbeddingFolder | None = None
+        self,
+        deployment: Deployment,
+        name: str,
+        runner: ComponentRunner,
+        embeddings: EmbeddingFolder | None = None,
+        loras: LoraFolder | None = None,
     ) -> None:
         self.manifest: Manifest = deployment.manifest(name)
         self.name = name
@@ -60,6 +68,8 @@ class Checkpoint:
         #: What the UNet is told for requests.
         folder = embeddings or EmbeddingFolder(deployment.embeddings)
         self.condition = Conditioner(self.manifest, deployment.folder(name), runner, folder)
+        #: What LoRAs do to it.
+        self.loras = CheckpointLoras(self.manifest, loras or LoraFolder(deployment.loras))
         self._compile = TrajectoryCompiler(self.manifest.scheduler)
         self._tells_masks = self.manifest.conditioning.sample == SAMPLE_INPAINT
 
@@ -153,9 +163,12 @@ class Checkpoint:
         return replace(resolved, image=image, mask=mask)
 
     def read(self, resolved: ResolvedRequest) -> ResolvedRequest:
-        """The same with its prompts as the text encoders read them. Raises InvalidArgumentError or UnsupportedError."""
-        reading = self.condition.read(resolved)
-        return replace(resolved, reading=reading, embeddings=reading.embeddings)
+        """The same with its prompts as the text encoders read them, and what its LoRAs are.
+
+        Raises InvalidArgumentError, NotFoundError or UnsupportedError.
+        """
+        reading, loras = self.condition.read(resolved), self.loras.read(resolved.request.loras)
+        return replace(resolved, reading=reading, embeddings=reading.embeddings, loras=loras)
 
     def _check_clip_skip(self, asked: int) -> None:
         most = self.manifest.conditioning.clip_skip
@@ -265,7 +278,7 @@ class Checkpoint:
         """A UNet call of that many rows of nothing, for measuring what it costs."""
         component = self.manifest.components[UNET]
         sides = self.manifest.sides(group.width, group.height)
-        sides = {**sides, "rows": rows, "tokens": self.manifest.token_limit}
+        sides = {**sides, "rows": rows, "tokens": self.manifest.token_limit, "adapters": 1}
         return lambda: self._runner.run(component, blank_inputs(component, sides))
 
 

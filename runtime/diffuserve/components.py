@@ -14,7 +14,15 @@ import torch
 from diffuserve.errors import ComponentFailedError
 from diffuserve.manifest import Component, TensorShape
 
-__all__ = ["CallLog", "ComponentRunner", "InProcessRunner", "blank_inputs", "cast_inputs", "check_rows", "input_type"]
+__all__ = [
+    "CallLog",
+    "ComponentRunner",
+    "InProcessRunner",
+    "blank_inputs",
+    "cast_inputs",
+    "check_rows",
+    "input_type",
+]
 
 
 class ComponentRunner(Protocol):
@@ -75,12 +83,13 @@ class CallLog:
         return outputs
 
 
-_DTYPES: Final = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS: Final = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES: Final = {**_FLOATS, "INT32": torch.int32, "INT64": torch.int64}
 
 
 def cast_inputs(component: Component, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Floating-point inputs in the precision that the component's engine takes them in."""
-    types = {one.name: _DTYPES.get(one.datatype) for one in component.inputs}
+    types = {one.name: _FLOATS.get(one.datatype) for one in component.inputs}
     return {name: tensor if (dtype := types.get(name)) is None else tensor.to(dtype) for name, tensor in inputs.items()}
 
 

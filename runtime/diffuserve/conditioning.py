@@ -14,6 +14,8 @@ import torch
 
 from diffuserve.components import ComponentRunner
 from diffuserve.engine import HIDDEN_STATES
+from diffuserve.lora.choice import LoraKey
+from diffuserve.lora.layout import LORA, LORA_INDEX
 from diffuserve.manifest import Manifest
 from diffuserve.prompts import EmbeddingFolder, PromptReader, Reading, Text
 from diffuserve.request import ResolvedRequest
@@ -67,41 +69,48 @@ class Conditioner:
 
         Their prompts, which were read when they came, are encoded together.
         """
-        readings: list[Reading] = [request.reading for request in requests]
-        outputs = {name: self._encode(name, readings, trace) for name in self._encoders}
+        outputs = {name: self._encode(name, requests, trace) for name in self._encoders}
         told = []
-        for request, reading in zip(requests, readings, strict=True):
-            hidden = [self._hidden(outputs, text) for text in reading.rows]
+        for request in requests:
+            reading: Reading = request.reading
+            hidden = [self._hidden(outputs, request, text) for text in reading.rows]
             inputs = {HIDDEN_STATES: _stacked(hidden)}
             if self._how.text_embeds:
-                pooled = [self._pooled(outputs, text) for text in reading.rows]
+                pooled = [self._pooled(outputs, request, text) for text in reading.rows]
                 inputs[_TEXT_EMBEDS] = _stacked(pooled)
             inputs |= {name: row.expand(request.rows, -1) for name, row in self._further(request)}
             told.append(inputs)
         return told
 
-    def _encode(self, name: str, readings: Sequence[Reading], trace: object | None) -> _Outputs:
+    def _encode(self, name: str, requests: Sequence[ResolvedRequest], trace: object | None) -> _Outputs:
         """One encoder's answers to every window of all texts."""
-        texts = [text for reading in readings for text in reading.rows if text is not None]
-        vectors = dict(chain.from_iterable(reading.vectors[name].items() for reading in readings))
-        return self._encoders[name]([key for text in texts for key in _keys(text, name)], vectors, trace)
+        keys = [
+            key for one in requests for text in one.reading.rows if text is not None for key in _keys(one, text, name)
+        ]
+        vectors = dict(chain.from_iterable(one.reading.vectors[name].items() for one in requests))
+        adapters = {one.adapter.key: one.adapter.vectors[name] for one in requests if _adapter_of(one, name)}
+        return self._encoders[name](keys, vectors, adapters, trace)
 
-    def _hidden(self, outputs: Mapping[str, _Outputs], text: Text | None) -> torch.Tensor | None:
+    def _hidden(
+        self, outputs: Mapping[str, _Outputs], request: ResolvedRequest, text: Text | None
+    ) -> torch.Tensor | None:
         """A text's windows end to end, its encoders side by side: [77 * chunks, D]."""
         if text is None:
             return None
         of_encoders = []
         for name, answers in outputs.items():
-            windows = zip(_keys(text, name), text.windows[name], strict=True)
+            windows = zip(_keys(request, text, name), text.windows[name], strict=True)
             of_encoders.append(
                 torch.cat([emphasized(answers[key][_HIDDEN], window.weights) for key, window in windows])
             )
         return torch.cat(of_encoders, dim=-1)
 
-    def _pooled(self, outputs: Mapping[str, _Outputs], text: Text | None) -> torch.Tensor | None:
+    def _pooled(
+        self, outputs: Mapping[str, _Outputs], request: ResolvedRequest, text: Text | None
+    ) -> torch.Tensor | None:
         """Of a text's first window, as A1111; its weights have no part in it."""
         name = self._how.text_embeds
-        return None if text is None or name is None else outputs[name][_keys(text, name)[0]][_POOLED]
+        return None if text is None or name is None else outputs[name][_keys(request, text, name)[0]][_POOLED]
 
     def _further(self, request: ResolvedRequest) -> Iterator[tuple[str, torch.Tensor]]:
         """The inputs that no text has a part in: one row [1, ...] float32 for all of the request's."""
@@ -126,8 +135,15 @@ def embedded_guidance(scale: float, width: int) -> torch.Tensor:
     return torch.cat([waves.sin(), waves.cos(), torch.zeros(1, width % 2)], dim=1)
 
 
-def _keys(text: Text, encoder: str) -> list[WindowKey]:
-    return [WindowKey(window.ids, text.clip_skip) for window in text.windows[encoder]]
+def _adapter_of(request: ResolvedRequest, encoder: str) -> LoraKey:
+    """What tells the adapter that changes this encoder for the request; empty where none does."""
+    key: LoraKey = request.adapter.key if request.adapter and encoder in request.adapter.vectors else ()
+    return key
+
+
+def _keys(request: ResolvedRequest, text: Text, encoder: str) -> list[WindowKey]:
+    adapter = _adapter_of(request, encoder)
+    return [WindowKey(window.ids, text.clip_skip, adapter) for window in text.windows[encoder]]
 
 
 def _stacked(rows: Sequence[torch.Tensor | None]) -> torch.Tensor:
@@ -140,7 +156,7 @@ def _check_inputs(manifest: Manifest) -> None:
     how = manifest.conditioning
     for encoder in how.encoders:
         found = {one.name for one in manifest.components[encoder.component].inputs}
-        if found != _ENCODER_INPUTS:
+        if found - _lora_inputs(manifest, encoder.component) != _ENCODER_INPUTS:
             raise ValueError(
                 f"{encoder.component} of {manifest.name} takes {', '.join(sorted(found)) or 'nothing'}, and is given "
                 f"{', '.join(sorted(_ENCODER_INPUTS))}; export it again with this version"
@@ -155,10 +171,14 @@ def _check_inputs(manifest: Manifest) -> None:
         CONTROL: how.control,
         CONTROL_SCALE: how.control,
     }
-    supplied = {name for name, is_made in made.items() if is_made}
+    supplied = {name for name, is_made in made.items() if is_made} | _lora_inputs(manifest, UNET)
     taken = {one.name for one in manifest.components[UNET].inputs}
     if supplied != taken:
         raise ValueError(
             f"the UNet of {manifest.name} takes {', '.join(sorted(taken))}, and its manifest says how to make "
             f"{', '.join(sorted(supplied))}; export it again with this version"
         )
+
+
+def _lora_inputs(manifest: Manifest, component: str) -> set[str]:
+    return {LORA, LORA_INDEX} if manifest.components[component].lora else set()

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from diffuserve.engine import Demand, Eta, Track
 from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
+from diffuserve.lora.packing import Adapter
 from diffuserve.request import Event, EventKind, ResolvedRequest
 from diffuserve.snapshot import ImageState, Snapshot
 
@@ -79,15 +80,20 @@ class Job:
         return self._ended or self._reply.is_cancelled()
 
     def let_go_of_pictures(self) -> None:
-        """Free the pictures that it was given, once they have become latents or are needed no more.
+        """Free the pictures that it was given and its adapter, once they are its tracks' or are needed no more.
 
         It is part of circles of references, through its tracks, which Python may find much later.
         """
-        if self.resolved.image is not None:
+        if self.resolved.image is not None or self.resolved.adapter is not None:
             self._replace(self.resolved.without_pictures())
 
     def _replace(self, resolved: ResolvedRequest) -> None:
         self.resolved, self.beginning = resolved, replace(self.beginning, resolved=resolved)
+
+    def adapt(self, adapter: Adapter | None) -> None:
+        """Keep the adapter that its LoRAs make, until its images join the loop with it."""
+        if adapter is not None:
+            self._replace(replace(self.resolved, adapter=adapter, loras=adapter.told(self.resolved.loras)))
 
     def begin(self) -> None:
         """Tell a client that wants to see progress what it waits for.

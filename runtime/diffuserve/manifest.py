@@ -267,6 +267,11 @@ class Deployment:
         """Where textual inversions are looked for, unless another folder is given to the server."""
         return self.root / "embeddings"
 
+    @property
+    def loras(self) -> Path:
+        """Where LoRAs are looked for, unless another folder is given to the server."""
+        return self.root / "loras"
+
     def folder(self, checkpoint: str) -> Path:
         return self.root / "checkpoints" / checkpoint
 

@@ -109,6 +109,14 @@ ETA_ERROR: Final = Metric(
     (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0),
 )
 
+LORA_HITS: Final = Metric(
+    "diffuserve_lora_hits_total", "counter", "LoRA files that were held in memory when a request asked for them"
+)
+LORA_MISSES: Final = Metric(
+    "diffuserve_lora_misses_total", "counter", "LoRA files that were read because a request asked for them"
+)
+LORA_BYTES: Final = Metric("diffuserve_lora_bytes", "gauge", "Bytes of the LoRA files that are held in memory")
+
 METRICS: Final = (
     ACTIVE,
     WAITING,
@@ -122,6 +130,9 @@ METRICS: Final = (
     STEP_SECONDS,
     ENGINE_SECONDS,
     ETA_ERROR,
+    LORA_HITS,
+    LORA_MISSES,
+    LORA_BYTES,
 )
 
 
@@ -175,6 +186,10 @@ class MetricsTelemetry(Telemetry):
     def load(self, waiting: int, active: int) -> None:
         self._update(WAITING, waiting)
         self._update(ACTIVE, active)
+
+    def lora(self, hit: bool, held_bytes: int) -> None:
+        self._update(LORA_HITS if hit else LORA_MISSES, 1)
+        self._update(LORA_BYTES, held_bytes)
 
     def _update(self, metric: Metric, value: float, *labels: str) -> None:
         known = (

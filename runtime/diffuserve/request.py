@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
 from diffuserve.errors import InvalidArgumentError
+from diffuserve.lora.choice import parse_loras
 from diffuserve.spec import MOST_CLIP_SKIP
 
 __all__ = [
@@ -120,9 +122,9 @@ class GenerateRequest:
     `clip_skip` counts the text encoders' last layers that are left out; `prompt_syntax` says what brackets in both
     prompts mean. `init_image` is an encoded picture to begin with, or none, and `strength` how much of it is made anew;
     `mask_image`, an encoded picture of its size, or none, is white where that happens and black where it is kept.
-    `control_image`, an encoded picture or none, is what the checkpoint's ControlNet looks at, and `control_scale` how
-    much that counts. `resume` is a snapshot's bytes, or none; with one, everything but how it is answered is the
-    snapshot's.
+    `loras` are files of LoRA, each as `name`, `name:weight` or `name:weight:truncate`. `control_image`, an encoded
+    picture or none, is what the checkpoint's ControlNet looks at, and `control_scale` how much that counts. `resume` is
+    a snapshot's bytes, or none; with one, everything but how it is answered is the snapshot's.
 
     Raises InvalidArgumentError with the value, the limit and the remedy.
     """
@@ -145,6 +147,7 @@ class GenerateRequest:
     init_image: bytes = b""
     mask_image: bytes = b""
     strength: float = DEFAULT_STRENGTH
+    loras: Sequence[str] = ()
     control_image: bytes = b""
     control_scale: float = DEFAULT_CONTROL_SCALE
     progress_every: int = 0
@@ -158,6 +161,7 @@ class GenerateRequest:
     resume: bytes = b""
 
     def __post_init__(self) -> None:
+        self._check_loras()
         self._check_resume()
         _check_text("prompt", self.prompt, MAX_PROMPT_BYTES)
         _check_text("negative_prompt", self.negative_prompt, MAX_PROMPT_BYTES)
@@ -219,6 +223,15 @@ class GenerateRequest:
                 input=name,
             )
 
+    def _check_loras(self) -> None:
+        given: object = self.loras
+        if not isinstance(given, (tuple, list)) or not all(isinstance(one, str) for one in given):
+            raise InvalidArgumentError(
+                f"loras is {str(self.loras)[:96]!r}, and must be a list of texts, one for each LoRA", input="loras"
+            )
+        object.__setattr__(self, "loras", tuple(self.loras))  # JSON and callers bring lists
+        parse_loras(self.loras)
+
     def _check_pictures(self) -> None:
         if self.strength == 0:
             raise InvalidArgumentError(
@@ -257,9 +270,10 @@ class ResolvedRequest:
     """A request with nothing left to default: what `info` reports, and what makes the same picture again.
 
     `rows` is how many rows each of its images has in a UNet call: with guidance 2, the prompt's and the negative
-    prompt's. `embeddings` are the textual inversions in its prompts, as name:digest. `image`, `mask` and `control`
-    are the decoded `init_image`, `mask_image` and `control_image`, PIL pictures of this size, or None; `reading` is a
-    prompts.Reading, what the text encoders read.
+    prompt's. `embeddings` are the textual inversions in its prompts, as name:digest. `loras` is what
+    lora.folder.CheckpointLoras told of its LoRAs, and `adapter` the lora.packing.Adapter that they make, while its
+    images wait for it. `image`, `mask` and `control` are the decoded `init_image`, `mask_image` and `control_image`,
+    PIL pictures of this size, or None; `reading` is a prompts.Reading, what the text encoders read.
     """
 
     request: GenerateRequest
@@ -273,6 +287,8 @@ class ResolvedRequest:
     seed: int
     rows: int
     embeddings: tuple[str, ...] = ()
+    loras: tuple[Mapping[str, Any], ...] = ()
+    adapter: Any = None
     image: Any = None
     mask: Any = None
     control: Any = None
@@ -285,7 +301,7 @@ class ResolvedRequest:
     def without_pictures(self) -> ResolvedRequest:
         """The same without what has become latents, for it takes megabytes. The control is needed to the end."""
         nothing: dict[str, Any] = dict.fromkeys(_BYTES, b"")
-        return replace(self, request=replace(self.request, **nothing), image=None, mask=None)
+        return replace(self, request=replace(self.request, **nothing), image=None, mask=None, adapter=None)
 
     def parameters(self, index: int) -> dict[str, object]:
         """Every parameter that made image `index`."""
@@ -299,6 +315,8 @@ class ResolvedRequest:
             "sampler": self.sampler,
             "sigma_schedule": self.sigma_schedule,
             "embeddings": list(self.embeddings),
+            "loras": list(self.request.loras),
+            "lora_files": [dict(one) for one in self.loras],
             "seed": self.seed + index,
             "num_images": 1,
         }

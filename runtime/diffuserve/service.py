@@ -40,6 +40,9 @@ from diffuserve.first_latents import Given, begun
 from diffuserve.heartbeats import Heartbeats
 from diffuserve.images import encode_image, image_from_pixels
 from diffuserve.job import Job, Reply
+from diffuserve.lora.choice import lora_key
+from diffuserve.lora.folder import DEFAULT_BUDGET, LoraFolder
+from diffuserve.lora.room import AdapterRoom
 from diffuserve.manifest import Deployment
 from diffuserve.previews import Previews
 from diffuserve.prompts import EmbeddingFolder
@@ -67,6 +70,8 @@ class DiffusionService:
     key         what snapshots are signed with; servers that hand over to each other have the same
     device      where latents live: the engines' own
     embeddings  the folder of textual inversions; without one, that of the deployment
+    loras       the folder of LoRAs, likewise
+    lora_budget the bytes of LoRA files that are held in memory; adapters of requests under way take as much at most
     """
 
     def __init__(
@@ -81,14 +86,22 @@ class DiffusionService:
         device: torch.device | None = None,
         target_step: float | None = None,
         embeddings: Path | None = None,
+        loras: Path | None = None,
+        lora_budget: int = DEFAULT_BUDGET,
     ) -> None:
         self._telemetry = telemetry or Telemetry()
         folder = EmbeddingFolder(embeddings or deployment.embeddings)
+        registry = LoraFolder(loras or deployment.loras, lora_budget, self._telemetry)
         self._checkpoints = CheckpointRegistry(
-            [Checkpoint(deployment, name, runner, folder) for name in deployment.checkpoints]
+            [Checkpoint(deployment, name, runner, folder, registry) for name in deployment.checkpoints]
         )
+        self._room = AdapterRoom(lora_budget)
         self._policy = policy or StepPolicy(
-            costs=StepCosts(), max_rows=self.max_rows, row_buckets=self.row_buckets, target_step=target_step
+            costs=StepCosts(),
+            max_rows=self.max_rows,
+            max_adapters=self.max_adapters,
+            row_buckets=self.row_buckets,
+            target_step=target_step,
         )
         self.loop = DenoiseLoop(
             runner,
@@ -112,6 +125,11 @@ class DiffusionService:
     def max_rows(self, group: Group) -> int:
         """The rows that the group's engine takes in one call."""
         return self._checkpoints[group.checkpoint].manifest.max_rows(UNET, group.width, group.height)
+
+    def max_adapters(self, group: Group) -> int:
+        """The adapters that the group's engine takes in one call, beside none at all."""
+        lora = self._checkpoints[group.checkpoint].manifest.components[UNET].lora
+        return lora.adapters - 1 if lora else 0
 
     def row_buckets(self, group: Group) -> tuple[int, ...]:
         """The row counts that the group's engine wants."""
@@ -171,6 +189,8 @@ class DiffusionService:
         """Stop stepping. Requests under way end with an error."""
         self._prepare.close()
         self.loop.close()
+        for job in self._unprepared:  # which waited for others' adapters to go
+            job.fail(_shutting_down())
         self._finish.close()
         self._previews.close()
         self._heartbeats.close()
@@ -206,6 +226,15 @@ class DiffusionService:
                 f"here with {', '.join(read.embeddings) or 'none'}; give servers that hand over to each other the same",
                 input="resume",
             )
+        if lora_key(read.loras) != lora_key(resolved.loras):
+            named = [
+                ", ".join(f"{file['name']} ({file['digest'][:16]})" for file in one.loras) for one in (resolved, read)
+            ]
+            raise InvalidArgumentError(
+                f"the snapshot was taken with the LoRAs {named[0]}, and here they are {named[1]}; give servers that "
+                "hand over to each other the same",
+                input="resume",
+            )
         return replace(
             snapshot,
             resolved=checkpoint.with_pictures(replace(read, request=resolved.request.answered_as(request))),
@@ -224,12 +253,15 @@ class DiffusionService:
     def _ended(self, job: Job, outcome: str) -> None:
         with self._lock:
             self._jobs.discard(job)
+            is_others_turn = self._room.release(job) and bool(self._unprepared)
             seconds = time.monotonic() - job.accepted_at
             if outcome == "done":
                 around = seconds - (job.stepped_at - job.ready_at)
                 self._policy.learn(job.demands, job.eta, around, seconds)
             self._report_load()
             self._changed.notify_all()
+        if is_others_turn:
+            self._prepare.submit(job.urgency, self._prepare_waiting)
         self._telemetry.ended(job.request_id, job.resolved.checkpoint, outcome, job.eta.seconds, seconds)
 
     def _started(self) -> None:
@@ -241,11 +273,15 @@ class DiffusionService:
         self._telemetry.load(waiting, len(self._jobs) - waiting)
 
     def _prepare_waiting(self) -> None:
-        """Text encoding and first latents of everyone who waits for them; then their images join the loop."""
-        batch = [job for job in self._take_unprepared() if self._guarded(job, job.begin)]
+        """Adapters, text encoding and first latents of everyone who waits; then their images join the loop."""
+        taken = self._take_unprepared()
+        if not taken:
+            return
+        self._prepare.submit(taken[0].urgency, self._prepare_waiting)  # for those that found no room before
+        checkpoint = self._checkpoints[taken[0].resolved.checkpoint]
+        batch = [job for job in taken if self._guarded(job, partial(self._begin, checkpoint, job))]
         if not batch:
             return
-        checkpoint = self._checkpoints[batch[0].resolved.checkpoint]
         try:
             told = checkpoint.condition([job.resolved for job in batch], batch[0].trace)
         except Exception as error:
@@ -255,12 +291,26 @@ class DiffusionService:
         for job, one in zip(batch, told, strict=True):
             self._guarded(job, partial(self._join, checkpoint, job, one))
 
+    @staticmethod
+    def _begin(checkpoint: Checkpoint, job: Job) -> None:
+        job.begin()
+        job.adapt(checkpoint.loras.adapter(job.resolved.loras))
+
     def _take_unprepared(self) -> list[Job]:
-        """The most urgent request and others of its checkpoint, as many as the text encoders take in one call."""
+        """The most urgent request and others of its checkpoint, as many as the text encoders take in one call.
+
+        Where there is no room for more adapters, those that need one wait, in the order in which they came.
+        """
         with self._lock:
-            if not self._unprepared:
+            ready, is_full = list[Job](), False
+            for job in self._unprepared:
+                if self._has_room(job, may_grow=not is_full):
+                    ready.append(job)
+                else:
+                    is_full = True
+            if not ready:
                 return []
-            waiting = sorted(self._unprepared, key=lambda job: job.urgency)
+            waiting = sorted(ready, key=lambda job: job.urgency)
             name, windows, taken = waiting[0].resolved.checkpoint, 0, list[Job]()
             most = self._checkpoints[name].condition.max_windows
             for job in waiting:
@@ -270,6 +320,11 @@ class DiffusionService:
                     windows += needed
             self._unprepared = [job for job in self._unprepared if job not in taken]
             return taken
+
+    def _has_room(self, job: Job, *, may_grow: bool) -> bool:
+        name, key = job.resolved.checkpoint, lora_key(job.resolved.loras)
+        size = self._checkpoints[name].loras.bytes
+        return not key or self._room.take(job, (name, key), size, may_grow=may_grow)
 
     def _join(self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor]) -> None:
         given, control = checkpoint.encode(job.resolved, trace=job.trace), checkpoint.control(job.resolved)
@@ -334,6 +389,7 @@ class DiffusionService:
             masked=state.masked,
             control=control,
             conditioning=conditioning,
+            adapter=resolved.adapter,
             chunks=resolved.reading.chunks,
             generator=generator,
             priority=resolved.request.priority,
@@ -369,10 +425,11 @@ def _demands(beginning: Snapshot) -> list[Demand]:
     resolved = beginning.resolved
     group, priority = Group(resolved.checkpoint, resolved.height, resolved.width), resolved.request.priority
     last = beginning.first + beginning.trajectory.evaluations
-    chunks = resolved.reading.chunks
+    chunks, adapter = resolved.reading.chunks, lora_key(resolved.loras)
     length = beginning.trajectory.evaluations
     return [
-        Demand(group, resolved.rows, last - image.evaluation, priority, chunks, length) for image in beginning.images
+        Demand(group, resolved.rows, last - image.evaluation, priority, chunks, length=length, adapter=adapter)
+        for image in beginning.images
     ]
 
 

@@ -41,7 +41,7 @@ MAX_SNAPSHOT_BYTES: Final = 73 << 20
 _MAX_BASE64_BYTES: Final = -(-MAX_SNAPSHOT_BYTES // 3) * 4
 
 _MAGIC: Final = b"dfsv"
-_VERSION: Final = 2
+_VERSION: Final = 3
 _HEAD: Final = struct.Struct(f">{len(_MAGIC)}sBI32s")
 _MAX_EVALUATIONS: Final = 2 * 150  # Heun and DPM2 take two a step
 _MAX_DRAWS: Final = 16 * _MAX_EVALUATIONS
@@ -178,7 +178,7 @@ def _facts(snapshot: Snapshot) -> bytes:
     resolved = {
         one.name: getattr(snapshot.resolved, one.name)
         for one in fields(snapshot.resolved)
-        if one.name not in ("image", "mask", "control", "reading")
+        if one.name not in ("image", "mask", "control", "reading", "adapter")
     }
     facts = {
         "resolved": {**resolved, "request": snapshot.resolved.request.parameters()},
@@ -255,7 +255,8 @@ def _resolved(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> Resolved
     named = all(isinstance(told[name], str) and told[name] for name in ("checkpoint", "sampler"))
     if not named or None in [told[name] for name in _ASKED if name != "sigma_schedule"] or facts["rows"] not in (1, 2):
         raise ValueError(f"its request was not made out: {told}, {facts['rows']} rows")
-    return ResolvedRequest(**{**facts, "request": request, "embeddings": tuple(map(str, facts["embeddings"]))})
+    embeddings, loras = tuple(map(str, facts["embeddings"])), tuple(map(dict, facts["loras"]))
+    return ResolvedRequest(**{**facts, "request": request, "embeddings": embeddings, "loras": loras})
 
 
 def _control(facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Image.Image | None:

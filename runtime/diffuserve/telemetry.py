@@ -34,6 +34,9 @@ class Telemetry:
     def load(self, waiting: int, active: int) -> None:
         """How many requests wait for their first step, and how many are being stepped."""
 
+    def lora(self, hit: bool, held_bytes: int) -> None:
+        """A file of LoRA was asked for, and was held in memory or was read; `held_bytes` are held now."""
+
 
 class Fanout(Telemetry):
     """Passes every call on to several listeners, in turn."""
@@ -64,3 +67,7 @@ class Fanout(Telemetry):
     def load(self, waiting: int, active: int) -> None:
         for one in self._listeners:
             one.load(waiting, active)
+
+    def lora(self, hit: bool, held_bytes: int) -> None:
+        for one in self._listeners:
+            one.lora(hit, held_bytes)

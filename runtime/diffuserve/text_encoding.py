@@ -10,6 +10,8 @@ from typing import Final
 import torch
 
 from diffuserve.components import ComponentRunner, cast_inputs, check_rows
+from diffuserve.lora.choice import LoraKey
+from diffuserve.lora.stack import AdapterStack
 from diffuserve.manifest import Component
 from diffuserve.spec import CLIP_SKIP, EMBEDDINGS, INPUT_IDS
 
@@ -21,11 +23,13 @@ _RECENT_BYTES: Final = 64 << 20  # of each text encoder: 270 prompts of SD1.5's
 @dataclass(frozen=True, slots=True)
 class WindowKey:
     """All that an encoder's answer depends on: the ids, where those of a textual inversion's vectors are given to
-    no others ever, and how many layers are left out. Weights are put on what it answers.
+    no others ever, how many layers are left out, and the adapter, if it changes this encoder. Weights are put on what
+    it answers.
     """
 
     ids: tuple[int, ...]
     clip_skip: int
+    adapter: LoraKey = ()
 
 
 _Row = dict[str, torch.Tensor]
@@ -70,25 +74,49 @@ class TextEncoder:
         self._vocabulary, self.max_rows = vocabulary, max_rows
         width = next(one.shape[-1] for one in component.inputs if one.name == EMBEDDINGS)
         self._no_vectors = torch.zeros(1, int(width))
+        self._stack = AdapterStack[LoraKey](component) if component.lora else None
         self.recent = _Recent(_RECENT_BYTES)
 
     def __call__(
-        self, wanted: Sequence[WindowKey], vectors: Mapping[int, torch.Tensor], trace: object | None = None
+        self,
+        wanted: Sequence[WindowKey],
+        vectors: Mapping[int, torch.Tensor],
+        adapters: Mapping[LoraKey, torch.Tensor],
+        trace: object | None = None,
     ) -> dict[WindowKey, _Row]:
         """The encoder's outputs of each window by name, float32 without the row's dimension.
 
-        `vectors` [D] are those of the ids that are beyond the vocabulary.
+        `vectors` [D] are those of the ids that are beyond the vocabulary, `adapters` [P] those of the windows.
         """
-        return self.recent.of(wanted, partial(self._encode, vectors, trace))
+        try:
+            return self.recent.of(wanted, partial(self._encode, vectors, adapters, trace))
+        finally:
+            if self._stack is not None:
+                self._stack.clear()
 
     def _encode(
-        self, vectors: Mapping[int, torch.Tensor], trace: object | None, keys: Sequence[WindowKey]
+        self,
+        vectors: Mapping[int, torch.Tensor],
+        adapters: Mapping[LoraKey, torch.Tensor],
+        trace: object | None,
+        keys: Sequence[WindowKey],
     ) -> list[_Row]:
-        """In as few calls as the engine's rows allow."""
-        calls = [keys[start : start + self.max_rows] for start in range(0, len(keys), self.max_rows)]
-        return [row for some in calls for row in self._run(some, vectors, trace)]
+        """In as few calls as the engine's rows and adapters allow, in the windows' order."""
+        calls = [list[WindowKey]()]
+        for key in keys:
+            used = {one.adapter for one in calls[-1] if one.adapter} | ({key.adapter} if key.adapter else set())
+            if len(calls[-1]) == self.max_rows or (self._stack and len(used) > self._stack.most):
+                calls.append([])
+            calls[-1].append(key)
+        return [row for some in calls for row in self._run(some, vectors, adapters, trace)]
 
-    def _run(self, keys: Sequence[WindowKey], vectors: Mapping[int, torch.Tensor], trace: object | None) -> list[_Row]:
+    def _run(
+        self,
+        keys: Sequence[WindowKey],
+        vectors: Mapping[int, torch.Tensor],
+        adapters: Mapping[LoraKey, torch.Tensor],
+        trace: object | None,
+    ) -> list[_Row]:
         used = list(dict.fromkeys(one for key in keys for one in key.ids if one >= self._vocabulary))
         number = {one: self._vocabulary + index for index, one in enumerate(used)}
         inputs = {
@@ -96,6 +124,10 @@ class TextEncoder:
             CLIP_SKIP: torch.tensor([key.clip_skip for key in keys], dtype=torch.int32),
             EMBEDDINGS: torch.stack([vectors[one] for one in used]) if used else self._no_vectors,
         }
+        if self._stack is not None:
+            inputs |= self._stack.inputs(
+                [(key.adapter, adapters[key.adapter]) if key.adapter else None for key in keys]
+            )
         outputs = self._runner.run(self._component, cast_inputs(self._component, inputs), trace=trace)
         of_rows = {one: check_rows(self._component, outputs[one], len(keys)) for one in self._outputs}
         # Copies, each on its own: rows are kept, and the component's memory is lent.

@@ -26,6 +26,7 @@ from diffuserve.admission import Admission
 from diffuserve.cancellation import CancelWatch
 from diffuserve.components import CallLog, ComponentRunner
 from diffuserve.logs import LogTelemetry, log_as_json
+from diffuserve.lora.folder import DEFAULT_BUDGET
 from diffuserve.manifest import Component, Deployment
 from diffuserve.metrics import BackgroundRegistry, Metric, MetricsTelemetry
 from diffuserve.request import Event
@@ -38,6 +39,8 @@ __all__ = [
     "DEPLOYMENT_VARIABLE",
     "EMBEDDINGS_VARIABLE",
     "LOG_LEVEL_VARIABLE",
+    "LORAS_VARIABLE",
+    "LORA_BUDGET_VARIABLE",
     "SNAPSHOT_KEY_VARIABLE",
     "TARGET_STEP_VARIABLE",
     "TOKEN_VARIABLE",
@@ -46,6 +49,8 @@ __all__ = [
 
 DEPLOYMENT_VARIABLE: Final = "DIFFUSERVE_DEPLOYMENT"
 EMBEDDINGS_VARIABLE: Final = "DIFFUSERVE_EMBEDDINGS"  # a folder of textual inversions instead of the deployment's
+LORAS_VARIABLE: Final = "DIFFUSERVE_LORAS"  # a folder of LoRAs, likewise
+LORA_BUDGET_VARIABLE: Final = "DIFFUSERVE_LORA_BUDGET_MB"  # of LoRA files held in memory
 CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each component call to, for benches
 LOG_LEVEL_VARIABLE: Final = "DIFFUSERVE_LOG_LEVEL"
 SNAPSHOT_KEY_VARIABLE: Final = "DIFFUSERVE_SNAPSHOT_KEY"  # what snapshots are signed with; without it, one of its own
@@ -266,6 +271,16 @@ def _folder(variable: str) -> Path | None:
     return Path(text) if text else None
 
 
+def _megabytes(variable: str, default: int) -> int:
+    """The bytes that an environment variable names in MiB; `default` where it is not set."""
+    text = os.environ.get(variable, "")
+    if not text:
+        return default
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise pb_utils.TritonModelException(f"{variable} is {text!r}, and must be a whole number of MiB, 1 at least")
+    return int(text) << 20
+
+
 def _milliseconds(variable: str) -> float | None:
     """The seconds that an environment variable names in milliseconds; None where it is not set."""
     text = os.environ.get(variable, "")
@@ -310,6 +325,8 @@ class DiffusionModel:
             device=device,
             key=os.environ.get(SNAPSHOT_KEY_VARIABLE, "").encode(),
             embeddings=_folder(EMBEDDINGS_VARIABLE),
+            loras=_folder(LORAS_VARIABLE),
+            lora_budget=_megabytes(LORA_BUDGET_VARIABLE, DEFAULT_BUDGET),
         )
         self._admission = Admission(self._service.submit, self._refuse)
         self._token = os.environ.get(TOKEN_VARIABLE, "").encode()

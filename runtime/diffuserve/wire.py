@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from diffuserve.errors import InternalError, InvalidArgumentError, UnsupportedError
+from diffuserve.errors import InternalError, InvalidArgumentError
 from diffuserve.request import EVENT_KINDS, Event, GenerateRequest
 
 __all__ = [
@@ -91,20 +91,22 @@ OUTPUTS: Final = (
     TensorSpec("info", "BYTES"),
 )
 
+#: The shape of inputs with any number of values.
+_LIST: Final = (-1,)
+_MOST_TEXTS: Final = 64  # of such a one; what is right is for GenerateRequest to say
 #: BYTES that are no text.
 _BINARY: Final = frozenset({"init_image", "mask_image", "control_image", "resume"})
 _INPUT_SPECS: Final = {spec.name: spec for spec in INPUTS}
 GENERATE: Final = "generate"
 OPERATIONS: Final = ("status", "drain")
 _MAX_GRACE_MS: Final = 3600 * 1000
-_BUILT: Final = frozenset({*GenerateRequest.field_names(), "operation"})
 _DTYPES: Final[dict[str, Any]] = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BYTES": np.object_}
 
 
 def _array(spec: TensorSpec, value: Any) -> Array:
     if spec.datatype == "BYTES":
-        value = value.encode() if isinstance(value, str) else value
-        return np.array([value], dtype=np.object_)
+        values = value if spec.shape == _LIST else [value]
+        return np.array([one.encode() if isinstance(one, str) else one for one in values], dtype=np.object_)
     if spec.datatype != "FP32":
         limits = np.iinfo(_DTYPES[spec.datatype])
         if not limits.min <= value <= limits.max:
@@ -130,7 +132,7 @@ def decode_request(tensors: Mapping[str, Array], parameters: Mapping[str, Any] |
     `parameters` are Triton's request parameters, where `/generate` puts every key that names no input:
     they are refused, since a misspelt option must not be ignored.
 
-    Raises InvalidArgumentError for bad values and UnsupportedError for inputs that are not built yet.
+    Raises InvalidArgumentError.
     """
     for name in parameters or ():
         raise InvalidArgumentError(f"{name!r} is not an input of this model; leave it out or correct it", input=name)
@@ -141,9 +143,7 @@ def decode_request(tensors: Mapping[str, Array], parameters: Mapping[str, Any] |
             raise InvalidArgumentError(
                 f"{name!r} is not an input of this model; leave it out or correct it", input=name
             )
-        if name not in _BUILT:
-            raise UnsupportedError(f"{name} is not supported by this server yet; leave it out", input=name)
-        values[name] = _scalar(spec, array)
+        values[name] = _texts(spec, array) if spec.shape == _LIST else _scalar(spec, array)
     values.pop("operation", None)  # `generate`: decode_operation knows the others
     if "prompt" not in values:
         raise InvalidArgumentError("prompt is missing; the empty prompt is given as an empty string", input="prompt")
@@ -183,6 +183,16 @@ def decode_operation(tensors: Mapping[str, Array], parameters: Mapping[str, Any]
             f"token must be text and grace_ms a whole number from 0 to {_MAX_GRACE_MS}", input="grace_ms"
         )
     return Operation(name, token, grace / 1000)
+
+
+def _texts(spec: TensorSpec, array: Array) -> tuple[str, ...]:
+    if array.size > _MOST_TEXTS:
+        raise InvalidArgumentError(
+            f"{spec.name} has {array.size} values, and fewer than {_MOST_TEXTS} are read; leave some out",
+            input=spec.name,
+            value=int(array.size),
+        )
+    return tuple(_scalar(spec, one) for one in np.atleast_1d(array).reshape(-1, 1))
 
 
 def _scalar(spec: TensorSpec, array: Array) -> Any:

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffuserve.errors import InvalidArgumentError, UnsupportedError
+from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import MAX_SEED, GenerateRequest
 from diffuserve.wire import INPUTS, decode_request, encode_request
 
 DTYPES: dict[str, Any] = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
-NOT_BUILT = [spec.name for spec in INPUTS if spec.name not in (*GenerateRequest.field_names(), "operation")]
 
 
 def texts(*values: bytes | str) -> Any:
@@ -125,7 +124,7 @@ def test_text_that_utf_8_cannot_hold_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 2])
-@pytest.mark.parametrize("name", [spec.name for spec in INPUTS if spec.name not in NOT_BUILT])
+@pytest.mark.parametrize("name", [spec.name for spec in INPUTS if spec.shape == (1,)])
 def test_one_value_is_taken(name: str, count: int) -> None:
     datatype = next(spec.datatype for spec in INPUTS if spec.name == name)
     many = texts(*[b"a"] * count) if datatype == "BYTES" else np.ones(count, dtype=DTYPES[datatype])
@@ -138,10 +137,34 @@ def test_the_prompt_is_needed() -> None:
         decode_request({})
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
-def test_an_input_that_is_not_built_is_refused_and_not_ignored(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"{name} is not supported by this server yet; leave it out"):
-        decode_request({"prompt": texts("a"), name: texts(b"x")})
+@pytest.mark.parametrize(
+    ("loras", "said"),
+    [
+        (("../style",), "no such form: a name of letters, .* and no path; write name, name:0.8 or name:0.8:truncate"),
+        (("/etc/passwd",), "no such form"),
+        (("a/b",), "no such form"),
+        (("..",), "no such form"),
+        (("",), "no such form"),
+        (("x" * 65,), "no such form"),
+        (("a:1:2",), "no such form"),
+        (("a:much",), "a weight that is no number"),
+        (("a:nan",), "a weight that is not from -10 to 10"),
+        (("a:-inf",), "a weight that is not from -10 to 10"),
+        (("a:10.5",), "a weight that is not from -10 to 10"),
+        (("a:1", "A:0.5"), "names a more than once; give it once, with the sum of the weights"),
+        (tuple(f"a{number}" for number in range(9)), "loras has 9 values, and at most 8 are taken"),
+        ("style", "must be a list of texts"),
+    ],
+)
+def test_what_names_no_lora_is_refused(loras: Any, said: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=said) as caught:
+        GenerateRequest(prompt="a", loras=loras)
+    assert caught.value.detail["input"] == "loras"
+
+
+def test_a_flood_of_loras_is_not_read() -> None:
+    with pytest.raises(InvalidArgumentError, match="loras has 10000 values"):
+        decode_request({"prompt": texts("a"), "loras": texts(*[b"a"] * 10_000)})
 
 
 def test_unknown_inputs_and_parameters_are_refused() -> None:

@@ -65,6 +65,7 @@ def requests(draw: st.DrawFn) -> GenerateRequest:
         strength=draw(st.floats(0.001, 1)),
         control_image=draw(st.binary()),
         control_scale=draw(st.floats(0, 2)),
+        loras=draw(st.sampled_from(((), ("style",), ("style:0.5", "other-1.5:-2:truncate")))),
         progress_every=draw(st.integers(0, 150)),
         image_format=draw(st.sampled_from(IMAGE_FORMATS)),
         image_encoding=draw(st.sampled_from(IMAGE_ENCODINGS)),
@@ -117,7 +118,7 @@ def test_a_request_survives_the_wire(original: GenerateRequest) -> None:
     tensors = encode_request(original)
     datatypes = {spec.name: spec.datatype for spec in INPUTS}
     for name, array in tensors.items():
-        assert array.shape == (1,)
+        assert array.shape == (len(original.loras) if name == "loras" else 1,)
         assert array.dtype == DTYPES[datatypes[name]]
     came = decode_request(tensors)
     for field in GenerateRequest.field_names():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -27,7 +28,9 @@ from diffuserve_export import ExportOptions, assembly, export_checkpoint, graphs
 from diffuserve_export.checkpoint import CONTROLNET, Checkpoint, part_of
 from diffuserve_export.controlnet import with_controlnet
 from diffuserve_export.graphs import Graph
+from diffuserve_export.lora import add_lora, lora_layout
 from diffuserve_export.modules import module_of
+from diffuserve_export.ports import with_lora
 from diffuserve_export.sources import open_checkpoint
 from unit.export.conftest import float32_graph, without_logs
 from unit.export.controlnets import random_controlnet, with_middle
@@ -39,6 +42,8 @@ Model = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 #: As InProcessRunner takes them.
 Models = dict[str, Model]
 
+#: accelerate, where it is installed, replaces methods of torch's while a model is loaded.
+_LOADING = threading.Lock()
 #: Of the published SDXL's scheduler, for the samplers that it is not.
 _OTHERS = {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True}
 _TURBO = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
@@ -182,14 +187,20 @@ def exported_families(families: Families, names: Sequence[str], out: Path, shape
     return _deployed(families, names, out, _shared_graphs(shapes, families.root / "graphs"))
 
 
-def torch_families(families: Families, names: Sequence[str], out: Path) -> tuple[Deployment, Models]:
+def torch_families(
+    families: Families, names: Sequence[str], out: Path, *, lora_rank: int = 0
+) -> tuple[Deployment, Models]:
     """A deployment without graphs, and the torch modules that stand for them, in float32."""
 
     def no_graph(plan: Any, component: str, path: Path, report: Any) -> Graph:
         path.touch()
-        return float32_graph(plan.checkpoint, component, path)
+        graph = float32_graph(plan.checkpoint, component, path)
+        if not lora_rank or component not in (UNET, *plan.checkpoint.family.encoders):
+            return graph
+        layout = lora_layout(module_of(plan.checkpoint, component), lora_rank, plan.rows.max, 4)
+        return replace(graph, lora=layout, ports=with_lora(graph.ports, layout.size))
 
-    deployment = _deployed(families, names, out, no_graph)
+    deployment = _deployed(families, names, out, no_graph, lora_rank)
     models = {}
     for name in names:
         opened = open_checkpoint(families.folder(name))
@@ -201,18 +212,29 @@ def torch_families(families: Families, names: Sequence[str], out: Path) -> tuple
 
 
 def _torch_model(opened: Checkpoint, component: str, described: Component) -> Model:
-    module = cache(lambda: module_of(opened, component))
+    @cache
+    def module() -> Any:
+        made = module_of(opened, component)
+        if described.lora:
+            add_lora(made, described.lora)
+        return made
+
+    def loaded() -> Any:
+        with _LOADING:
+            return module()
 
     def run(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            output = module()(*(inputs[one.name] for one in described.inputs))
+            output = loaded()(*(inputs[one.name] for one in described.inputs))
         outputs = output if isinstance(output, tuple) else (output,)
         return {one.name: tensor for one, tensor in zip(described.outputs, outputs, strict=True)}
 
     return run
 
 
-def _deployed(families: Families, names: Sequence[str], out: Path, graph: Callable[..., Graph]) -> Deployment:
+def _deployed(
+    families: Families, names: Sequence[str], out: Path, graph: Callable[..., Graph], lora_rank: int = 0
+) -> Deployment:
     with pytest.MonkeyPatch.context() as patched, without_logs():
         patched.setattr(assembly, "graph_from_component", graph)
         for name in names:
@@ -220,7 +242,13 @@ def _deployed(families: Families, names: Sequence[str], out: Path, graph: Callab
             controlnet = str(folder / CONTROLNET) if (folder / CONTROLNET).is_dir() else ""
             # In one piece, as diffusers decodes them.
             options = ExportOptions(
-                checkpoint=str(folder), controlnet=controlnet, out=out, name=name, precision=precision, vae_tile=192
+                checkpoint=str(folder),
+                controlnet=controlnet,
+                out=out,
+                name=name,
+                precision=precision,
+                vae_tile=192,
+                lora_rank=lora_rank,
             )
             export_checkpoint(options)
     return Deployment.load(out)

@@ -207,7 +207,7 @@ def test_altered_foreign_and_truncated_bytes_are_refused() -> None:
     for length in (0, 3, 4, 41, 42, 100, len(data) - 1):
         with pytest.raises(InvalidArgumentError, match=r"no snapshot|damaged"):
             decode_snapshot(data[:length], KEY)
-    with pytest.raises(InvalidArgumentError, match=r"format is 9, and 2 is read"):
+    with pytest.raises(InvalidArgumentError, match=r"format is 9, and 3 is read"):
         decode_snapshot(data[:4] + bytes([9]) + data[5:], KEY)
     with pytest.raises(InvalidArgumentError, match="no snapshot"):
         decode_snapshot(b"\x89PNG\r\n" + data, KEY)

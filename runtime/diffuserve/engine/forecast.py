@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Hashable, Sequence, Set
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -20,7 +21,8 @@ _SAME: Final = 1e-9  # of seconds and of turns: what arithmetic makes of equal o
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demand:
-    """What one image still takes: `remaining` UNet calls of `rows` rows, with prompts of `chunks` windows.
+    """What one image still takes: `remaining` UNet calls of `rows` rows, with prompts of `chunks` windows, and with its
+    LoRAs, which `adapter` tells from others; it is empty where there are none.
 
     `length` counts all of its calls, those that it had included; 0 is as many as remain.
     """
@@ -31,6 +33,7 @@ class Demand:
     priority: int = 0
     chunks: int = 1
     length: int = 0
+    adapter: tuple[Hashable, ...] = ()
 
     @property
     def is_brief(self) -> bool:
@@ -57,18 +60,25 @@ class Sharing(NamedTuple):
 class _Group:
     """Images of one group: those that wait, the next one last, and those in its calls with the turn of their last."""
 
-    def __init__(self, cap: int, seconds: Callable[[int, int], float]) -> None:
-        self.cap, self.seconds = cap, seconds
+    def __init__(self, cap: int, seconds: Callable[[int, int], float], most_adapters: int) -> None:
+        self.cap, self.seconds, self.most_adapters = cap, seconds, most_adapters
         self.queue: list[Demand] = []
         self.active: list[tuple[Demand, float]] = []
 
     def fill(self, turns: float) -> float:
         """Let images into the calls; the seconds of a call from now on."""
         rows = sum(one.rows for one, _ in self.active)
-        while rows < self.cap and (fits := _next_that_fits(self.queue, self.cap - rows)) is not None:
+        adapters = {one.adapter for one, _ in self.active if one.adapter}
+        while rows < self.cap:
+            more = self.most_adapters - len(adapters)
+            fits = _next_that_fits(self.queue, self.cap - rows, adapters, more)
+            if fits is None:
+                break
             one = self.queue.pop(fits)
             self.active.append((one, turns + one.remaining))
             rows += one.rows
+            if one.adapter:
+                adapters.add(one.adapter)
         return self.seconds(rows, math.lcm(*(one.chunks for one, _ in self.active))) if self.active else 0.0
 
 
@@ -119,17 +129,21 @@ class _Checkpoint:
 
 
 def forecast(
-    present: Sequence[Demand], calls: Calls, asked: Sequence[Demand], sharing: Sharing | None = None
+    present: Sequence[Demand],
+    calls: Calls,
+    asked: Sequence[Demand],
+    sharing: Sharing | None = None,
+    most_adapters: Callable[[Group], int] = lambda group: sys.maxsize,  # noqa: ARG005
 ) -> Forecast:
     """When `asked`, which are among `present`, will be stepped to their end.
 
     Nobody else is taken to arrive, and nobody to age. Of checkpoints, those that have the highest priority run by fair
-    shares, as if they ran at once, each with its share of the time; brief images go first for as long as their checkpoint
-    may borrow. In a checkpoint groups take turns, a call each; a call's rows are the images of the highest priority and
-    the least left to do, up to the group's cap. From one image's end to the next little changes, so time advances from
-    end to end: a few rounds of work for each image.
+    shares, as if they ran at once, each with its share of the time; brief images go first for as long as their
+    checkpoint may borrow. In a checkpoint groups take turns, a call each; a call's rows are the images of the highest
+    priority and the least left to do, up to the group's cap and as many adapters as its calls take. From one image's
+    end to the next little changes, so time advances from end to end: a few rounds of work for each image.
     """
-    checkpoints = _arranged(present, calls, sharing or Sharing())
+    checkpoints = _arranged(present, calls, sharing or Sharing(), most_adapters)
     done: list[float] = []
     missing = {id(one) for one in asked}
     clock = 0.0
@@ -145,7 +159,9 @@ def forecast(
     return Forecast(done[0], done[-1]) if done else Forecast(0.0, 0.0)
 
 
-def _arranged(present: Sequence[Demand], calls: Calls, sharing: Sharing) -> list[_Checkpoint]:
+def _arranged(
+    present: Sequence[Demand], calls: Calls, sharing: Sharing, most_adapters: Callable[[Group], int]
+) -> list[_Checkpoint]:
     checkpoints: dict[str, _Checkpoint] = {}
     # The next one is the last of its list; of equals it is the first that came.
     numbered = enumerate(present)
@@ -155,7 +171,7 @@ def _arranged(present: Sequence[Demand], calls: Calls, sharing: Sharing) -> list
             checkpoints[name] = _Checkpoint(sharing.weight(name), sharing.ahead(name), sharing.ready(name))
         groups = checkpoints[name].groups
         if one.group not in groups:
-            groups[one.group] = _Group(*calls(one.group))
+            groups[one.group] = _Group(*calls(one.group), most_adapters(one.group))
         groups[one.group].queue.append(one)
     for checkpoint in checkpoints.values():
         checkpoint.fill()
@@ -185,5 +201,10 @@ def _round(left: Sequence[_Checkpoint], clock: float) -> tuple[float, list[Deman
     return clock, ended
 
 
-def _next_that_fits(queue: Sequence[Demand], free: int) -> int | None:
-    return next((place for place in range(len(queue) - 1, -1, -1) if queue[place].rows <= free), None)
+def _next_that_fits(queue: Sequence[Demand], free: int, adapters: Set[Hashable], more: int) -> int | None:
+    """The place of the next image with `free` rows at most, and with one of `adapters` unless `more` may be added."""
+
+    def fits(one: Demand) -> bool:
+        return one.rows <= free and (more > 0 or not one.adapter or one.adapter in adapters)
+
+    return next((place for place in range(len(queue) - 1, -1, -1) if fits(queue[place])), None)

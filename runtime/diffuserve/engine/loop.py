@@ -18,6 +18,8 @@ from diffuserve.engine.policy import Step, StepPolicy
 from diffuserve.engine.pool import LatentPool
 from diffuserve.engine.track import Track
 from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
+from diffuserve.lora.choice import LoraKey
+from diffuserve.lora.stack import AdapterStack
 from diffuserve.manifest import Component
 from diffuserve.spec import CONTROL
 from diffuserve.telemetry import Telemetry
@@ -193,8 +195,9 @@ class DenoiseLoop:
 
     def _pool(self, group: Group) -> LatentPool:
         if group not in self._pools:
-            control = input_type(self._checkpoints(group.checkpoint).unet, CONTROL)
-            self._pools[group] = LatentPool(self._device, control=control)
+            unet = self._checkpoints(group.checkpoint).unet
+            adapters = AdapterStack[LoraKey](unet, self._device) if unet.lora else None
+            self._pools[group] = LatentPool(self._device, adapters=adapters, control=input_type(unet, CONTROL))
         return self._pools[group]
 
     def _drop(self, track: Track, now: float) -> None:

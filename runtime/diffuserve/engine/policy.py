@@ -29,7 +29,7 @@ class Candidate:
 
     `rows` is 2 with guidance and 1 without. `length` counts its UNet evaluations in all, `remaining` those still
     to come. `waiting_since` is when it joined or was last stepped; `joined` orders arrivals. `deadline` is a time, or
-    None.
+    None. `adapter` tells its LoRAs from others; it is empty where there are none.
     """
 
     key: int
@@ -42,6 +42,7 @@ class Candidate:
     priority: int = 0
     tag: str = ""
     deadline: float | None = None
+    adapter: tuple[Hashable, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,21 @@ class Step:
         return self.chosen[0].group
 
 
+class _Adapters:
+    """The adapters of one call, `most` at most."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken = most, set[Hashable]()
+
+    def take(self, adapter: tuple[Hashable, ...]) -> bool:
+        """Whether the call has that adapter now."""
+        if adapter and adapter not in self._taken:
+            if len(self._taken) == self._most:
+                return False
+            self._taken.add(adapter)
+        return True
+
+
 def kind_of(demands: Sequence[Demand]) -> Hashable:
     """Requests that take alike outside of stepping: the same size and as many images."""
     return demands[0].group, len(demands)
@@ -78,6 +94,7 @@ class StepPolicy:
     """Admission, and the choice of each UNet call's rows. The only place that decides; not thread safe.
 
     max_rows      the rows that a group's engine profile takes in one call, 2 at least
+    max_adapters  the adapters that a group's engine takes in one call, beside none at all; 1 at least
     max_images    the images that may be in the server at once
     row_buckets   the row counts of a group's engine that wants fixed shapes, ascending; empty for any count
     target_step   seconds that a call should not exceed, where a smaller one is possible; None is no target
@@ -92,6 +109,7 @@ class StepPolicy:
 
     costs: StepCosts
     max_rows: Callable[[Group], int]
+    max_adapters: Callable[[Group], int] = lambda group: MAX_IMAGES  # noqa: ARG005
     max_images: int = MAX_IMAGES
     row_buckets: Callable[[Group], tuple[int, ...]] = lambda group: ()  # noqa: ARG005
     target_step: float | None = None
@@ -126,7 +144,7 @@ class StepPolicy:
         """
         sharing = Sharing(self.weight, self._shares.ahead, ready)
         if len(present) + len(demands) > self.max_images:
-            room = self.costs.corrected(forecast(present, self.calls_of, present, sharing).earliest)
+            room = self.costs.corrected(forecast(present, self.calls_of, present, sharing, self.adapter_cap).earliest)
             raise QueueFullError(
                 f"{len(present)} images are in the server, and with {len(demands)} more they would exceed the limit of "
                 f"{self.max_images}; try again in {room:.1f} s",
@@ -134,7 +152,7 @@ class StepPolicy:
                 maximum=self.max_images,
                 eta_ms=round(1000 * room),
             )
-        stepping = forecast([*present, *demands], self.calls_of, demands, sharing).latest
+        stepping = forecast([*present, *demands], self.calls_of, demands, sharing, self.adapter_cap).latest
         raw = stepping + self.costs.around(kind_of(demands))
         eta = Eta(self.costs.corrected(raw), raw)
         if deadline is not None and now + eta.seconds > deadline:
@@ -170,6 +188,10 @@ class StepPolicy:
         buckets = [bucket for bucket in self.row_buckets(group) if bucket <= most]
         # A bucket is paid for whole, so it is filled.
         return next((bucket for bucket in buckets if bucket >= cap), buckets[-1] if buckets else cap)
+
+    def adapter_cap(self, group: Group) -> int:
+        """The most adapters of a group's next call."""
+        return max(1, self.max_adapters(group))
 
     def choose(self, candidates: Sequence[Candidate], now: float) -> Step | None:
         """The next UNet call: images of one group. Without candidates None, and all checkpoints are even again.
@@ -262,7 +284,7 @@ class StepPolicy:
         self._called = {group: call for group, call in self._called.items() if group in groups}
 
     def _fill(self, candidates: Sequence[Candidate], levels: Mapping[int, int], cap: int) -> list[Candidate]:
-        """Candidates in the order of their claim, as many as fit.
+        """Candidates in the order of their claim, as many as fit with their adapters.
 
         Those that only age has put in front get half of the rows: a crowd that waited long must not hold up the
         newcomers for whole calls, which their short waits would not explain.
@@ -270,18 +292,25 @@ class StepPolicy:
         fresh = [one for one in candidates if levels[one.key] == one.priority]
         bar = max((one.priority for one in fresh), default=None)
         aged = [] if bar is None else [one for one in candidates if levels[one.key] > max(one.priority, bar - 1)]
-        served = dict(self._served)
-        first = self._take_turns(aged, levels, max(2, cap // 2), served)
+        served, adapters = dict(self._served), _Adapters(self.adapter_cap(candidates[0].group))
+        first = self._take_turns(aged, levels, max(2, cap // 2), served, adapters)
         taken = {one.key for one in first}
         priorities = levels if bar is None else {one.key: one.priority for one in candidates}
         rest = [one for one in candidates if one.key not in taken]
-        return first + self._take_turns(rest, priorities, cap - sum(one.rows for one in first), served)
+        return first + self._take_turns(rest, priorities, cap - sum(one.rows for one in first), served, adapters)
 
     @staticmethod
     def _take_turns(
-        candidates: Iterable[Candidate], levels: Mapping[int, int], cap: int, served: dict[str, float]
+        candidates: Iterable[Candidate],
+        levels: Mapping[int, int],
+        cap: int,
+        served: dict[str, float],
+        adapters: _Adapters,
     ) -> list[Candidate]:
-        """The highest level first; in it, tags take turns by the work they had, each with its shortest image."""
+        """The highest level first; in it, tags take turns by the work they had, each with its shortest image.
+
+        An image whose adapter has no room any more lets others pass, which have none or one that is there.
+        """
         queues: dict[tuple[int, str], list[Candidate]] = {}
         for one in candidates:
             queues.setdefault((-levels[one.key], one.tag), []).append(one)
@@ -294,7 +323,7 @@ class StepPolicy:
             level, _, tag = heapq.heappop(turns)
             queue = queues[level, tag]
             one = queue.pop()
-            if rows + one.rows <= cap:
+            if rows + one.rows <= cap and adapters.take(one.adapter):
                 chosen.append(one)
                 rows += one.rows
                 served[tag] += one.rows * one.group.pixels

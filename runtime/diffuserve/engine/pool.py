@@ -12,7 +12,10 @@ import torch
 from diffuserve.engine.control import ControlRows
 from diffuserve.engine.masked import Kept, masks_told
 from diffuserve.engine.track import HIDDEN_STATES, Track
+from diffuserve.lora.choice import LoraKey
+from diffuserve.lora.stack import AdapterStack
 from diffuserve.sampling import HISTORY
+from diffuserve.spec import UNET
 
 __all__ = ["LatentPool"]
 
@@ -47,11 +50,19 @@ class _Batch:
 class LatentPool:
     """Slots for the images of one group (checkpoint and size). Owned by the loop's thread alone.
 
-    Tensors are float32 on `device`, allocated once and doubled when they are full, so that steps allocate only what
-    a call needs. `control` is the type in which a UNet with a ControlNet takes its controls.
+    `adapters` puts together the rows' adapters where the UNet takes any, and `control` is the type in which a UNet with
+    a ControlNet takes its controls. Tensors are float32 on `device`, allocated once and doubled when they are full, so
+    that steps allocate only what a call needs.
     """
 
-    def __init__(self, device: torch.device | None = None, *, control: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        *,
+        adapters: AdapterStack[LoraKey] | None = None,
+        control: torch.dtype | None = None,
+    ) -> None:
+        self._adapters = adapters
         self._device = device or torch.device("cpu")
         self._control = None if control is None else ControlRows(control, self._device)
         self._free: list[int] = []
@@ -78,10 +89,12 @@ class LatentPool:
         """Free the slot; the image's latents [C, h, w] and its history [HISTORY, C, h, w]."""
         latents, history = self._latents[track.slot].clone(), self._history[track.slot].clone()
         self._free.append(track.slot)
-        track.slot, track.control = -1, None
+        track.slot, track.control, track.adapter = -1, None, None
         self._batch = None
         if self._control is not None and self.is_empty:
             self._control.release()
+        if self._adapters is not None and self.is_empty:
+            self._adapters.clear()
         return latents, history
 
     def _grow(self, track: Track) -> None:
@@ -173,6 +186,9 @@ class LatentPool:
                 each = [one if one.shape[1] == tokens else one.repeat(1, tokens // one.shape[1], 1) for one in each]
             each += [each[-1][-1:]] * padding
             rows[name] = torch.cat(each).to(self._device)
+        if self._adapters is not None:
+            of_rows = [_vector(track) for track in tracks for _ in range(track.rows)]
+            rows |= self._adapters.inputs([*of_rows, *of_rows[-1:] * padding])
         return rows
 
     def _controls(self, tracks: Sequence[Track], rows: int) -> dict[str, torch.Tensor]:
@@ -213,3 +229,8 @@ class LatentPool:
             mask = torch.tensor(kept, device=self._device)[:, None, None, None, None]
             shifted = torch.where(mask, shifted, history)
         self._history[batch.slots] = shifted
+
+
+def _vector(track: Track) -> tuple[LoraKey, torch.Tensor] | None:
+    """What tells its adapter from others, and the numbers [P] of it; None where it has none."""
+    return (track.adapter_key, track.adapter.vectors[UNET]) if track.adapter and track.adapter_key else None

@@ -13,7 +13,10 @@ from diffuserve.engine.costs import Group
 from diffuserve.engine.forecast import Demand
 from diffuserve.engine.masked import Masked
 from diffuserve.engine.policy import Candidate
+from diffuserve.lora.choice import LoraKey
+from diffuserve.lora.packing import Adapter
 from diffuserve.sampling import Trajectory
+from diffuserve.spec import UNET
 
 __all__ = ["HIDDEN_STATES", "Track"]
 
@@ -30,6 +33,7 @@ class Track:
     conditioning         the UNet's other inputs by name, each [rows, ...]: the prompt's row, then, with guidance, the
                          negative prompt's. `encoder_hidden_states` [rows, tokens, D] is always there
     generator            the source of fresh noise, on the CPU; the one that drew the first latents
+    adapter              its LoRAs, or None; it is let go of when the image leaves the loop
     chunks               how many windows of a text encoder its tokens are
     history              [n, C, h, w] float32, the u of evaluations before the trajectory's first, the newest first:
                          of an image that was begun elsewhere
@@ -53,6 +57,7 @@ class Track:
     latents: torch.Tensor
     conditioning: Mapping[str, torch.Tensor]
     generator: torch.Generator
+    adapter: Adapter | None = None
     guidance_rescale: float = 0.0
     chunks: int = 1
     history: torch.Tensor | None = None
@@ -105,6 +110,11 @@ class Track:
         done = self.steps_done(self.evaluation + 1)
         return done > self.steps_done(self.evaluation) and done % self.predict_every == 0
 
+    @property
+    def adapter_key(self) -> LoraKey:
+        """What tells the adapter of its UNet calls from others; empty for none."""
+        return self.adapter.key if self.adapter and UNET in self.adapter.vectors else ()
+
     def candidate(self) -> Candidate:
         """What the policy sees of it."""
         return Candidate(
@@ -118,9 +128,12 @@ class Track:
             priority=self.priority,
             tag=self.tag,
             deadline=self.deadline,
+            adapter=self.adapter_key,
         )
 
     def demand(self) -> Demand:
         """What forecasts see of it."""
         length = self.trajectory.evaluations
-        return Demand(self.group, self.rows, self.remaining, self.priority, self.chunks, length)
+        return Demand(
+            self.group, self.rows, self.remaining, self.priority, self.chunks, length=length, adapter=self.adapter_key
+        )

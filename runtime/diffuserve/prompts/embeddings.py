@@ -1,23 +1,14 @@
 """Textual inversion: a folder of embeddings, each a word that stands for vectors of its own (Gal et al. 2022).
 
-<folder>/<name>.safetensors               for every checkpoint
-<folder>/<checkpoint>/<name>.safetensors  for one, before the others
-
-A file's name is the word that stands for it in prompts, also as `<name>`. Files are found when a prompt names them, and
-read again when they have changed. Prompts come from clients and files from anywhere, so names are matched against the
-folder's list and never made into paths, and files are parsed within limits.
+A file's name is the word that stands for it in prompts, also as `<name>`; see `named_files`. Files are read again when
+they have changed, and parsed within limits.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
-import os
 import re
-import stat
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,25 +19,19 @@ import safetensors.torch
 import torch
 
 from diffuserve.errors import InvalidArgumentError
+from diffuserve.named_files import NAME, NamedFiles, Seen, seen
 
-__all__ = ["MAX_BYTES", "MAX_NAME", "MAX_VALUE", "MAX_VECTORS", "Embedding", "EmbeddingFolder", "Width"]
+__all__ = ["MAX_BYTES", "MAX_VALUE", "MAX_VECTORS", "Embedding", "EmbeddingFolder", "Width"]
 
 #: 75 vectors of both of SDXL's encoders take 600 kB in float32.
 MAX_BYTES: Final = 2 << 20
-MAX_NAME: Final = 64
 MAX_VECTORS: Final = 75  # they stay in one window of the text encoder
 #: A text encoder's own vectors are below 1.
 MAX_VALUE: Final = 1000.0
 
-_SUFFIX: Final = ".safetensors"
-_PICKLED: Final = (".pt", ".pth", ".bin", ".ckpt")
-_NAME: Final = re.compile(rf"\w(?:[\w.-]{{0,{MAX_NAME - 2}}}\w)?", re.ASCII)
 _BEGINS: Final = re.compile(r"\b\w")
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
 _KEPT: Final = 256  # parsed files
-_SETTLED_S: Final = 2.0
-
-_log: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,19 +86,17 @@ def _listed_widths(widths: Mapping[str, int]) -> str:
     return " and ".join(f"{width} ({key[:64]})" if named else str(width) for key, width in widths.items())
 
 
-_Seen = tuple[int, int, int, int]
 #: By their words in lower case.
-_Files = dict[str, list[Path]]
+_Files = Mapping[str, list[Path]]
 
 
 class EmbeddingFolder:
     """The embeddings below `root`, which need not exist. Safe to call from several threads."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self._files = NamedFiles(root, MAX_BYTES)
         self._lock = threading.Lock()
-        self._lists: dict[Path, tuple[int, _Files]] = {}
-        self._parsed: OrderedDict[Path, tuple[_Seen, Embedding]] = OrderedDict()
+        self._parsed: OrderedDict[Path, tuple[Seen, Embedding]] = OrderedDict()
         self._next = 0
 
     def split(self, texts: Sequence[str], checkpoint: str, input_name: str) -> list[list[str | Embedding]]:
@@ -123,7 +106,7 @@ class EmbeddingFolder:
         Raises InvalidArgumentError for a word whose file cannot be used.
         """
         with self._lock:
-            files = self._files(checkpoint)
+            files = self._files.of(checkpoint)
             return [self._split(text, files, input_name) if files else [text] for text in texts]
 
     def _split(self, text: str, files: _Files, input_name: str) -> list[str | Embedding]:
@@ -133,49 +116,15 @@ class EmbeddingFolder:
             end = stop
         return [*pieces, text[end:]]
 
-    def _files(self, checkpoint: str) -> _Files:
-        """The files of each name in lower case, a checkpoint's own before those for all."""
-        return {**self._listed(self._root), **self._listed(self._root / checkpoint)}
-
-    def _listed(self, folder: Path) -> _Files:
-        try:
-            changed = folder.stat().st_mtime_ns
-        except OSError:
-            return {}
-        known = self._lists.get(folder)
-        if known is not None and known[0] == changed:
-            return known[1]
-        files: _Files = {}
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                name = Path(entry.name)
-                stem, suffix = name.stem, name.suffix
-                if suffix not in (_SUFFIX, *_PICKLED):
-                    continue
-                if not _NAME.fullmatch(stem):
-                    _log.warning("an embedding's file has a name that no prompt can have: %r", entry.name[:256])
-                    continue
-                files.setdefault(stem.lower(), []).append(folder / entry.name)
-        # A folder's time is coarse: one that has just changed may change again within it.
-        if time.time_ns() - changed > _SETTLED_S * 1e9:
-            self._lists[folder] = changed, files
-        return files
-
     def _read(self, paths: list[Path], input_name: str) -> Embedding:
-        usable = [path for path in paths if path.suffix == _SUFFIX]
-        if not usable:
-            reason = "is pickled, which can run code when it is read; convert it to safetensors"
-            raise _unusable(paths[0], reason, input_name)
-        if len(usable) > 1:
-            names = " and ".join(sorted(path.name for path in usable))
-            raise _unusable(usable[0], f"is one of {names}, which are one word in prompts; rename one", input_name)
-        path = usable[0]
+        path = paths[0]
         try:
-            seen = _seen(path.stat())
+            path = self._files.chosen(paths)
+            found = seen(path.stat())
             known = self._parsed.get(path)
-            if known is None or known[0] != seen:
-                seen, content = _content(path, self._root)
-                known = self._parsed[path] = seen, self._embedding(path, content, known)
+            if known is None or known[0] != found:
+                found, content = self._files.content(path)
+                known = self._parsed[path] = found, self._embedding(path, content, known)
         except (OSError, ValueError) as error:
             reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
             raise _unusable(path, reason, input_name) from error
@@ -184,7 +133,7 @@ class EmbeddingFolder:
             self._parsed.popitem(last=False)
         return known[1]
 
-    def _embedding(self, path: Path, content: bytes, known: tuple[_Seen, Embedding] | None) -> Embedding:
+    def _embedding(self, path: Path, content: bytes, known: tuple[Seen, Embedding] | None) -> Embedding:
         digest = hashlib.sha256(content).hexdigest()
         if known is not None and known[1].digest == digest:
             return known[1]
@@ -199,7 +148,7 @@ def _words(text: str, files: _Files) -> Iterator[tuple[int, int, list[Path]]]:
     end = 0
     for begin in _BEGINS.finditer(text):
         start = begin.start()
-        run = _NAME.match(text, start) if start >= end else None
+        run = NAME.match(text, start) if start >= end else None
         if run is None:
             continue
         for stop in range(run.end(), start, -1):
@@ -213,26 +162,6 @@ def _words(text: str, files: _Files) -> Iterator[tuple[int, int, list[Path]]]:
 
 def _is_letter(character: str) -> bool:
     return bool(re.match(r"\w", character))
-
-
-def _seen(found: os.stat_result) -> _Seen:
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _content(path: Path, root: Path) -> tuple[_Seen, bytes]:
-    """Raises OSError, or ValueError with what is wrong with the file."""
-    real = path.resolve(strict=True)
-    if not real.is_relative_to(root.resolve()):
-        raise ValueError("is a link out of the folder of embeddings; put the file itself there")
-    # Not to wait where someone put a pipe.
-    descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("is no file")
-        if found.st_size > MAX_BYTES:
-            raise ValueError(f"has {found.st_size} bytes, and at most {MAX_BYTES} are read")
-        return _seen(found), file.read(MAX_BYTES)
 
 
 def _parsed(content: bytes) -> dict[str, torch.Tensor]:

@@ -107,6 +107,8 @@ def settings_from(arguments: Sequence[str] | None = None) -> tuple[ServerOptions
     options = ServerOptions(
         deployment=parsed.deployment,
         embeddings=parsed.embeddings,
+        loras=parsed.loras,
+        lora_budget_mb=parsed.lora_budget_mb,
         model_repository=parsed.model_repository,
         host=parsed.host,
         http_port=parsed.http_port,
@@ -132,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--deployment", type=Path, required=True, help="the folder that `make export` wrote")
     add("--embeddings", type=Path, help="the folder of textual inversions (default: embeddings in the deployment)")
+    add("--loras", type=Path, help="the folder of LoRAs (default: loras in the deployment)")
+    add("--lora-budget-mb", type=int, help="MiB of LoRA files to hold in memory (default: 1024)")
     add("--model-repository", type=Path, help="the public model's folder (default: model_repository)")
     add("--host", default="127.0.0.1", help="the address to bind; 0.0.0.0 is every one (default: %(default)s)")
     add("--http-port", type=int, default=8000, help="0 picks a free one, as for the others (default: %(default)s)")

@@ -124,5 +124,9 @@ def server_environment(
     environment["DIFFUSERVE_DEPLOYMENT"] = str(deployment)
     if options.embeddings is not None:
         environment["DIFFUSERVE_EMBEDDINGS"] = str(options.embeddings.absolute())
+    if options.loras is not None:
+        environment["DIFFUSERVE_LORAS"] = str(options.loras.absolute())
+    if options.lora_budget_mb is not None:
+        environment["DIFFUSERVE_LORA_BUDGET_MB"] = str(options.lora_budget_mb)
     environment.update(options.environment)
     return environment

@@ -25,6 +25,10 @@ class ServerOptions:
     """The folder that `make export` wrote: `deployment.json` and `models/`."""
     embeddings: Path | None = None
     """The folder of textual inversions; by default `embeddings` in the deployment. It need not exist."""
+    loras: Path | None = None
+    """The folder of LoRAs; by default `loras` in the deployment. It need not exist."""
+    lora_budget_mb: int | None = None
+    """MiB of LoRA files that are held in memory; by default 1024."""
     model_repository: Path | None = None
     """The folder that holds the public model; by default `model_repository` here or beside the package."""
     host: str = "127.0.0.1"

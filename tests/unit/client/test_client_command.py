@@ -69,8 +69,8 @@ def test_pictures_are_read_and_sent(fake: FakeTriton, tmp_path: Path) -> None:
     (tmp_path / "mask.png").write_bytes(b"a mask")
     (tmp_path / "edges.png").write_bytes(b"edges")
     options = ("--init-image", "in.png", "--mask", "mask.png", "--strength", "0.5")
-    options += ("--control", "edges.png", "--control-scale", "0.75")
-    result = run("generate", "a", *options, "-o", "a.png", url=fake.url)
+    control = ("--control", "edges.png", "--control-scale", "0.75")
+    result = run("generate", "a", *options, *control, "-o", "a.png", url=fake.url)
     assert result.exit_code == 0, result.output
     assert fake.requests == [
         GenerateRequest(

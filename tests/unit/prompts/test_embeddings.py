@@ -193,7 +193,7 @@ def test_names_lead_nowhere_else(root: Path, caplog: pytest.LogCaptureFixture) -
     for text in ("../elsewhere/secret", f"{secret}", "<../elsewhere/secret>", "sub/inner", ".hidden", "a b", "-x", "ä"):
         assert split(folder, text) == [text]
     assert split(folder, "x" * 65) == ["x" * 65]
-    assert "a name that no prompt can have: 'a b.safetensors'" in caplog.text
+    assert "a name that no request can have: 'a b.safetensors'" in caplog.text
 
 
 def test_links_stay_inside(root: Path) -> None:
@@ -222,7 +222,7 @@ def test_one_word_for_two_files_is_refused(root: Path) -> None:
     put(root, "Ring")
     put(root, "ring")
     with pytest.raises(
-        InvalidArgumentError, match=r"is one of Ring.safetensors and ring.safetensors, which are one word"
+        InvalidArgumentError, match=r"is one of Ring.safetensors and ring.safetensors, which have one name"
     ):
         split(EmbeddingFolder(root), "a ring")
 
