@@ -52,7 +52,7 @@ accept-requests: $(INSTALLED) ## Snapshots after every step, clients that exhaus
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_exhaustion.py \
 		tests/acceptance/test_inpainting.py tests/acceptance/test_previews_and_tiles.py
 
-accept-sharing: $(INSTALLED) ## ControlNets: a TensorRT-RTX engine, random mixes
+accept-sharing: $(INSTALLED) ## ControlNets: graphs with adapters, a TensorRT-RTX engine, random mixes
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_control.py
 
 accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
