@@ -1,10 +1,11 @@
-"""ControlNets at length: engines that TensorRT-RTX really builds, and random mixes that never bleed."""
+"""ControlNets at length: graphs with adapters too, an engine of TensorRT-RTX, and random mixes that never bleed."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,16 @@ from diffuserve.spec import UNET
 from diffuserve_client import Client
 from diffuserve_export import ExportOptions, export_checkpoint
 from diffuserve_export.engines import EngineOptions
+from diffuserve_export.export import plan_export
+from diffuserve_export.graphs import graph_from_component
+from diffuserve_export.options import DECOMPOSED_ATTENTION
 from integration.families import Families, exported_families
 from integration.swapped import parsed_config
 from shapes_recipe.control import posed, silhouette
 from shapes_recipe.world import trained_scenes
+from unit.export.conftest import Recorder, without_logs
+from unit.export.controlnets import random_controlnet, with_middle
+from unit.export.pipelines import random_pipeline
 from unit.pictures import encoded
 
 MIXES = 60
@@ -63,6 +70,29 @@ def test_tensorrt_rtx_builds_a_unet_with_its_controlnet(engines: tuple[Path, Man
     config = {one.name: list(one.dims) for one in parsed_config(out / "models" / unet.model).input}
     assert (config["control"], config["control_scale"]) == ([-1, 3, -1, -1], [-1])
     print(f"engine of {unet.engine.bytes / 1e6:.1f} MB, built in {unet.engine.build_seconds:.0f} s")  # noqa: T201
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_a_graph_with_adapters_and_a_controlnet_is_verified(tmp_path: Path, precision: str) -> None:
+    """Of SDXL's layout, which is told most, with operators as an engine has them."""
+    pipeline = random_pipeline("sdxl")
+    pipeline.unet = with_middle(pipeline.unet)
+    pipeline.save_pretrained(tmp_path / "sdxl")
+    random_controlnet(pipeline.unet).save_pretrained(tmp_path / "controlnet")
+    options = ExportOptions(
+        checkpoint=str(tmp_path / "sdxl"), controlnet=str(tmp_path / "controlnet"), lora_rank=2, out=tmp_path / "out"
+    )
+    plan = plan_export(options)
+    plan = replace(plan, precisions={**plan.precisions, UNET: precision}, opset=DECOMPOSED_ATTENTION)
+    (tmp_path / "unet" / "1").mkdir(parents=True)
+    with without_logs():
+        graph = graph_from_component(plan, UNET, tmp_path / "unet" / "1" / "model.onnx", Recorder())
+    datatype = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16"}[precision]
+    found = {one.name: one.datatype for one in graph.ports[0]}
+    assert found.pop("timestep") == found.pop("time_ids") == "FP32"
+    assert found.pop("lora_index") == "INT64"
+    assert set(found.values()) == {datatype}
+    assert {"control", "control_scale", "lora"} <= set(found)
 
 
 @pytest.fixture(scope="module")

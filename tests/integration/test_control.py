@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from numpy.random import default_rng
 from PIL import Image
-from shapes_recipe.control import agreement, contradicted, posed, silhouette
 
 from conftest import ROOT
 from diffuserve.server import ServerOptions, TritonServer
 from diffuserve_client import Client, GenerateRequest, InvalidArgumentError, UnsupportedError
 from integration.families import Families, exported_families, torch_families
 from integration.family_cases import CASES, CONTROL, Case, Served, difference, expected, serve
+from shapes_recipe.control import agreement, contradicted, posed, silhouette
 from unit.pictures import SVG, encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,8 +21,9 @@ from diffuserve_export.digests import FileHashes, export_key
 from diffuserve_export.engines import engine_profiles
 from diffuserve_export.engines.profiles import ShapeRanges, tensor_shapes
 from diffuserve_export.export import Plan, plan_export
+from diffuserve_export.lora import add_lora, lora_layout
 from diffuserve_export.modules import module_of
-from diffuserve_export.ports import ports_of
+from diffuserve_export.ports import ports_of, with_lora
 from diffuserve_export.precision import find_islands
 from diffuserve_export.verify import example_inputs, example_shape
 from unit.export.controlnets import random_controlnet, with_middle
@@ -88,6 +89,23 @@ def test_it_adds_to_each_row_what_diffusers_would(controlled: Saved, kind: str) 
             (plain,) = unet(one["sample"], *common, **told)
             assert torch.allclose(got[row : row + 1], want, atol=1e-5)
             assert torch.allclose(got[row : row + 1], plain, atol=1e-5) == (scale == 0)
+
+
+def test_adapters_beside_it_change_the_unet_alone(controlled: Saved) -> None:
+    folder = controlled("sdxl")
+    checkpoint = plan(folder, folder / "controlnet").checkpoint
+    plain, both = (module_of(checkpoint, UNET) for _ in range(2))
+    layout = lora_layout(both, rank=2, rows=3, number_bytes=4)
+    add_lora(both, layout)
+    assert not [name for name, one in both.named_modules() if name.startswith("controlnet") and name.endswith(".base")]
+    inputs, _ = with_lora(ports_of(checkpoint)[UNET], layout.size)
+    names = [one.name for one in inputs]
+    assert names[-4:] == ["control", "control_scale", "lora", "lora_index"]
+    told = example_inputs(checkpoint, inputs, example_shape(checkpoint))
+    with torch.no_grad():
+        got, want = both(*told), plain(*told[:-2])
+    for row, adapter in enumerate(told[-1].tolist()):
+        assert torch.allclose(got[row], want[row], atol=1e-5) == (adapter == 0)
 
 
 def test_what_overflows_in_a_controlnet_stays_in_float32(controlled: Saved, tmp_path: Path) -> None:
