@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def by_name(values: st.SearchStrategy[float]) -> st.SearchStrategy[dict[str, flo
     return st.fixed_dictionaries(dict.fromkeys(NAMES, values))
 
 
-def keep_busy(world: World, name: str, length: int, images: int, numbers: list[int], **values: object) -> None:
+def keep_busy(world: World, name: str, length: int, images: int, numbers: list[int], **values: Any) -> None:
     """As many images as there were, new ones in place of those that ended."""
     present = sum(candidate.group.checkpoint == name for candidate in world.active.values())
     for _ in range(images - present):
@@ -203,7 +205,7 @@ def test_forecasts_play_the_same_order(
 def test_a_checkpoint_that_is_not_there_yet_takes_no_part_until_it_is() -> None:
     seconds = {"a": 1.0, "b": 1.0}
     present = [Demand(SIZES["a"], 1, 10), Demand(SIZES["b"], 1, 10)]
-    calls = lambda group: (8, lambda rows, chunks: seconds[group.checkpoint])  # noqa: E731, ARG005
+    calls = lambda group: (8, lambda rows, chunks: seconds[group.checkpoint])  # noqa: E731
     sharing = Sharing(ready=lambda name: {"a": 0.0, "b": 6.0}[name])
     assert forecast(present, calls, present[:1], sharing).latest == pytest.approx(6 + 2 * 4)
     assert forecast(present, calls, present[1:], sharing).latest == pytest.approx(20)

@@ -124,10 +124,10 @@ def forecast(
     """When `asked`, which are among `present`, will be stepped to their end.
 
     Nobody else is taken to arrive, and nobody to age. Of checkpoints, those that have the highest priority run by fair
-    shares, as if they ran at once, each with its share of the time; brief images go first for as long as their checkpoint
-    may borrow. In a checkpoint groups take turns, a call each; a call's rows are the images of the highest priority and
-    the least left to do, up to the group's cap. From one image's end to the next little changes, so time advances from
-    end to end: a few rounds of work for each image.
+    shares, as if they ran at once, each with its share of the time; brief images go first for as long as their
+    checkpoint may borrow. In a checkpoint groups take turns, a call each; a call's rows are the images of the highest
+    priority and the least left to do, up to the group's cap. From one image's end to the next little changes, so time
+    advances from end to end: a few rounds of work for each image.
     """
     checkpoints = _arranged(present, calls, sharing or Sharing())
     done: list[float] = []
