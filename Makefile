@@ -91,11 +91,12 @@ export: $(INSTALLED) ## CHECKPOINT=folder, file or hub id, or FAMILY=sdxl RANDOM
 		$(if $(QUALITY_GATE),--quality-gate "$(QUALITY_GATE)") \
 		$(if $(QUALITY_PICTURES),--quality-pictures "$(QUALITY_PICTURES)")
 
-serve: $(INSTALLED) ## Serve DEPLOYMENT on loopback until Ctrl-C [HTTP_PORT GRPC_PORT METRICS_PORT GRACE EMBEDDINGS LORAS LORA_BUDGET_MB]
+serve: $(INSTALLED) ## Serve DEPLOYMENT on loopback until Ctrl-C [HTTP_PORT GRPC_PORT METRICS_PORT GRACE EMBEDDINGS LORAS LORA_BUDGET_MB MEMORY_BUDGET=GB IDLE_RELEASE=minutes WEIGHTS="a=2 b=1" PIN="a"]
 	@exec $(PYTHON) -m diffuserve.server --deployment "$(DEPLOYMENT)" \
 		--http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) $(if $(GRACE),--grace $(GRACE)) \
 		$(if $(EMBEDDINGS),--embeddings "$(EMBEDDINGS)") $(if $(LORAS),--loras "$(LORAS)") \
-		$(if $(LORA_BUDGET_MB),--lora-budget-mb $(LORA_BUDGET_MB))
+		$(if $(LORA_BUDGET_MB),--lora-budget-mb $(LORA_BUDGET_MB)) $(if $(MEMORY_BUDGET),--memory-budget $(MEMORY_BUDGET)) \
+		$(if $(IDLE_RELEASE),--idle-release $(IDLE_RELEASE)) $(addprefix --weight ,$(WEIGHTS)) $(addprefix --pin ,$(PIN))
 
 gpu-check: $(INSTALLED) ## Build for this GPU, compare with ONNX, measure, write build/gpu-check/report.md [CHECKPOINT TARGET PRECISION]
 	$(PYTHON) -m diffuserve_export.gpu_check --checkpoint "$(CHECKPOINT)" --precision "$(PRECISION)" \

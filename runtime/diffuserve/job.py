@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from diffuserve.engine import Demand, Eta, Track
 from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
+from diffuserve.keeper import Stay
 from diffuserve.lora.packing import Adapter
 from diffuserve.request import Event, EventKind, ResolvedRequest
 from diffuserve.snapshot import ImageState, Snapshot
@@ -55,6 +56,9 @@ class Job:
         self.eta = Eta(0.0, 0.0)
         self.tracks: tuple[Track, ...] = ()
         self.ready_at = self.stepped_at = 0.0
+        #: Its claim on its checkpoint's components.
+        self.stay = Stay(self.resolved.checkpoint)
+        self._told = False
         self._reply = reply
         self._left = len(beginning.images)
         self._pictured: set[int] = set()
@@ -96,15 +100,21 @@ class Job:
             self._replace(replace(self.resolved, adapter=adapter, loras=adapter.told(self.resolved.loras)))
 
     def begin(self) -> None:
-        """Tell a client that wants to see progress what it waits for.
+        """Raises CancelledError or DeadlineError where there is nothing to begin any more."""
+        self.check()
+        self.tell_queued()
 
-        Raises CancelledError or DeadlineError where there is nothing to begin any more.
-        """
+    def check(self) -> None:
+        """Raise CancelledError or DeadlineError where there is nothing to begin any more."""
         if self.is_cancelled():
             raise CancelledError("the client cancelled")
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise DeadlineError("the deadline passed before the first step; allow more time", steps_done=0)
-        if self.resolved.request.progress_every:
+
+    def tell_queued(self) -> None:
+        """Tell a client that wants to see progress, once, when it can expect its pictures."""
+        if self.resolved.request.progress_every and not self._told:
+            self._told = True
             self._send(self._event("queued", 0, 0, b"", {"eta_ms": round(1000 * self.eta.seconds)}))
 
     def step(self, track: Track, index: int, done: int) -> None:
@@ -130,6 +140,8 @@ class Job:
             "eta_s": round(self.eta.seconds, 4),
             "prompt_chunks": self.resolved.reading.chunks,
         }
+        if self.stay.waited:
+            info["load_s"] = round(self.stay.waited, 4)
         if track.steps_before:
             info["resumed_at_step"] = track.steps_before
         self._send(self._event("image", index, self.beginning.trajectory.steps, data, info), image=True)

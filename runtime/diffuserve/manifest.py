@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ FORMAT_VERSION: Final = 3
 _DEPLOYMENT_VERSION: Final = 1
 #: Of one call of an autoencoder without an engine's profiles, whose memory nothing else bounds: as theirs.
 _VAE_PIXELS: Final = 4 * 512 * 512
+_BYTES: Final = {"FP16": 2, "BF16": 2, "INT64": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,33 @@ class Manifest:
         if component in VAE_COMPONENTS:
             return min(self.rows.max, max(1, _VAE_PIXELS // (width * height)))
         return self.rows.max
+
+    def device_bytes(self, component: str) -> int:
+        """Memory that a component takes while it is loaded.
+
+        Of an engine, what its builder said: its weights, and activations for the most rows of its largest shape.
+        Elsewhere its weights, and the inputs and outputs of its largest call: what the runtime needs between its
+        layers is not known before it runs.
+        """
+        one = self.components[component]
+        if one.engine is not None:
+            return one.engine.device_bytes
+        return one.bytes + max(self._call_bytes(component, side) for side in {self.size.opt, self.size.max})
+
+    def _call_bytes(self, component: str, side: int) -> int:
+        """Inputs and outputs of a call with the most rows, for pictures of `side` pixels each way."""
+        if component in VAE_COMPONENTS:
+            side = min(side, self.vae_size.max)
+        lengths = {**self.sides(side, side), "rows": max(1, self.max_rows(component, side, side))}
+        lengths["tokens"] = self.token_limit * self.conditioning.chunks[-1]
+
+        def size(tensor: TensorShape) -> int:
+            return _BYTES.get(tensor.datatype, 4) * math.prod(
+                lengths.get(length, 1) if isinstance(length, str) else length for length in tensor.shape
+            )
+
+        one = self.components[component]
+        return sum(map(size, (*one.inputs, *one.outputs)))
 
     def row_buckets(self, component: str, width: int, height: int) -> tuple[int, ...]:
         """The row counts that calls for pictures of that size should be padded to; empty where any count is as good."""

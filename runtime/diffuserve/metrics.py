@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Final, Literal, Protocol
@@ -108,6 +108,29 @@ ETA_ERROR: Final = Metric(
     ("checkpoint",),
     (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0),
 )
+LOADS: Final = Metric(
+    "diffuserve_loads_total", "counter", "Loads of a checkpoint's components that went well", ("checkpoint",)
+)
+LOADS_FAILED: Final = Metric(
+    "diffuserve_loads_failed_total", "counter", "Loads of a checkpoint's components that failed", ("checkpoint",)
+)
+UNLOADS: Final = Metric(
+    "diffuserve_unloads_total", "counter", "How often a checkpoint's components left the memory", ("checkpoint",)
+)
+LOAD_SECONDS: Final = Metric(
+    "diffuserve_load_seconds",
+    "histogram",
+    "Seconds of each load of a checkpoint's components",
+    ("checkpoint",),
+    (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0),
+)
+RESIDENT: Final = Metric(
+    "diffuserve_resident_bytes",
+    "gauge",
+    "Bytes that a checkpoint's components take in memory, shared ones in each",
+    ("checkpoint",),
+)
+MEMORY: Final = Metric("diffuserve_memory_bytes", "gauge", "Bytes that all components in memory take, shared ones once")
 
 LORA_HITS: Final = Metric(
     "diffuserve_lora_hits_total", "counter", "LoRA files that were held in memory when a request asked for them"
@@ -133,6 +156,12 @@ METRICS: Final = (
     LORA_HITS,
     LORA_MISSES,
     LORA_BYTES,
+    LOADS,
+    LOADS_FAILED,
+    UNLOADS,
+    LOAD_SECONDS,
+    RESIDENT,
+    MEMORY,
 )
 
 
@@ -190,6 +219,21 @@ class MetricsTelemetry(Telemetry):
     def lora(self, hit: bool, held_bytes: int) -> None:
         self._update(LORA_HITS if hit else LORA_MISSES, 1)
         self._update(LORA_BYTES, held_bytes)
+
+    def loaded(self, checkpoint: str, seconds: float) -> None:
+        self._update(LOADS, 1, checkpoint)
+        self._update(LOAD_SECONDS, seconds, checkpoint)
+
+    def unloaded(self, checkpoint: str) -> None:
+        self._update(UNLOADS, 1, checkpoint)
+
+    def load_failed(self, checkpoint: str) -> None:
+        self._update(LOADS_FAILED, 1, checkpoint)
+
+    def resident(self, checkpoints: Mapping[str, int], total: int) -> None:
+        for name, size in checkpoints.items():
+            self._update(RESIDENT, size, name)
+        self._update(MEMORY, total)
 
     def _update(self, metric: Metric, value: float, *labels: str) -> None:
         known = (

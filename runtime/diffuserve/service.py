@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from diffuserve.first_latents import Given, begun
 from diffuserve.heartbeats import Heartbeats
 from diffuserve.images import encode_image, image_from_pixels
 from diffuserve.job import Job, Reply
+from diffuserve.keeper import Keeper, ModelControl, Stay, Unmanaged
 from diffuserve.lora.choice import lora_key
 from diffuserve.lora.folder import DEFAULT_BUDGET, LoraFolder
 from diffuserve.lora.room import AdapterRoom
@@ -48,6 +49,7 @@ from diffuserve.previews import Previews
 from diffuserve.prompts import EmbeddingFolder
 from diffuserve.registry import CheckpointRegistry
 from diffuserve.request import GenerateRequest
+from diffuserve.residency import Limits
 from diffuserve.snapshot import ImageState, Snapshot, decode_snapshot, encode_snapshot
 from diffuserve.spec import UNET
 from diffuserve.telemetry import Telemetry
@@ -72,6 +74,10 @@ class DiffusionService:
     embeddings  the folder of textual inversions; without one, that of the deployment
     loras       the folder of LoRAs, likewise
     lora_budget the bytes of LoRA files that are held in memory; adapters of requests under way take as much at most
+    control     loads and unloads components, once `open` was called; without one they are always there
+    limits      of memory and time, for components that come and go
+    weights     of checkpoints, for their shares of the stepping time; 1 where none is given
+    pinned      checkpoints whose components never leave
     """
 
     def __init__(
@@ -88,6 +94,10 @@ class DiffusionService:
         embeddings: Path | None = None,
         loras: Path | None = None,
         lora_budget: int = DEFAULT_BUDGET,
+        control: ModelControl | None = None,
+        limits: Limits | None = None,
+        weights: Mapping[str, float] | None = None,
+        pinned: Collection[str] = (),
     ) -> None:
         self._telemetry = telemetry or Telemetry()
         folder = EmbeddingFolder(embeddings or deployment.embeddings)
@@ -96,13 +106,21 @@ class DiffusionService:
             [Checkpoint(deployment, name, runner, folder, registry) for name in deployment.checkpoints]
         )
         self._room = AdapterRoom(lora_budget)
+        self._weights = dict(weights or {})
+        for name in (*self._weights, *pinned):
+            self._checkpoints.find(name)
         self._policy = policy or StepPolicy(
             costs=StepCosts(),
             max_rows=self.max_rows,
             max_adapters=self.max_adapters,
             row_buckets=self.row_buckets,
             target_step=target_step,
+            weight=self.weight,
         )
+        self._keeper = Keeper(
+            self._checkpoints, control or Unmanaged(), limits or Limits(), pinned=pinned, telemetry=self._telemetry
+        )
+        self._keeper.on_look = self._look
         self.loop = DenoiseLoop(
             runner,
             self._policy,
@@ -121,6 +139,20 @@ class DiffusionService:
         self._draining = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        if control is None:
+            self._keeper.open(at_once=True)
+
+    def open(self) -> None:
+        """Components can be loaded and called from now on. Harmless when it was called before."""
+        self._keeper.open()
+
+    def may_use(self, model: str) -> bool:
+        """Whether a Triton model is meant to be in memory."""
+        return self._keeper.may_use(model)
+
+    def weight(self, checkpoint: str) -> float:
+        """A checkpoint's weight beside others."""
+        return self._weights.get(checkpoint, 1.0)
 
     def max_rows(self, group: Group) -> int:
         """The rows that the group's engine takes in one call."""
@@ -143,6 +175,7 @@ class DiffusionService:
         Raises DiffuserveError for a request that is not accepted: then nothing is sent on `reply`.
         """
         beginning = self._resumed(request) if request.resume else self._begun(request)
+        self._keeper.check(beginning.resolved.checkpoint)
         job = Job(beginning, _demands(beginning), reply, request_id or uuid.uuid4().hex, trace)
         job.on_end = self._ended
         job.pack = partial(encode_snapshot, key=self._key)
@@ -150,14 +183,38 @@ class DiffusionService:
             if self._draining:
                 raise _draining()
             present = [demand for other in self._jobs for demand in other.present()]
-            job.eta = self._policy.admit(job.demands, present, job.accepted_at, job.deadline)
+            waits = {name: self._keeper.wait(name) for name in {job.resolved.checkpoint, *_named(present)}}
+            job.eta = self._policy.admit(job.demands, present, job.accepted_at, job.deadline, waits.__getitem__)
             self._jobs.add(job)
             self._unprepared.append(job)
             self._report_load()
         self._heartbeats.add(job)
         self._telemetry.accepted(job.request_id, job.resolved.checkpoint, job.eta.seconds)
+        job.stay.on_ready = partial(self._prepare_soon, job)
+        job.stay.on_failed = partial(self._give_up, job)
+        self._keeper.enter(job.stay)
+        if not job.stay.is_inside:
+            job.tell_queued()
+
+    def _prepare_soon(self, job: Job) -> None:
         if not self._prepare.submit(job.urgency, self._prepare_waiting):
             job.fail(_shutting_down())
+
+    def _give_up(self, job: Job, error: BaseException) -> None:
+        """A request ends that waited for components."""
+        with self._lock:
+            self._unprepared = [one for one in self._unprepared if one is not job]
+        job.fail(error)
+
+    def _look(self) -> None:
+        """End those that wait for components, and whose clients or deadlines do not."""
+        with self._lock:
+            waiting = [job for job in self._unprepared if not job.stay.is_inside]
+        for job in waiting:
+            try:
+                job.check()
+            except DiffuserveError as error:
+                self._give_up(job, error)
 
     def drain(self, grace: float) -> None:
         """Take no new requests, and return when the last one under way has ended.
@@ -176,6 +233,9 @@ class DiffusionService:
 
     def status(self) -> dict[str, object]:
         """What the server is doing, for whoever watches it."""
+        kept = self._keeper.status()
+        for name, one in kept["checkpoints"].items():
+            one["weight"] = self.weight(name)
         with self._lock:
             waiting = sum(job.is_waiting() for job in self._jobs)
             return {
@@ -183,10 +243,16 @@ class DiffusionService:
                 "waiting": waiting,
                 "active": len(self._jobs) - waiting,
                 "stalled_s": round(max(one.stalled() for one in (self.loop, self._prepare, self._finish)), 3),
+                **kept,
             }
 
     def close(self) -> None:
         """Stop stepping. Requests under way end with an error."""
+        with self._lock:
+            waiting = [job for job in self._unprepared if not job.stay.is_inside]
+        for job in waiting:
+            self._give_up(job, _shutting_down())
+        self._keeper.close()
         self._prepare.close()
         self.loop.close()
         for job in self._unprepared:  # which waited for others' adapters to go
@@ -248,18 +314,30 @@ class DiffusionService:
             most = self.max_rows(group)
             counts = [*(count for count in CALIBRATION_ROWS if count < most), most]
             for rows in counts[:1] + _TRIALS * counts:  # what the very first call takes is of no use
-                yield Trial(group, rows, checkpoint.trial(group, rows))
+                run = partial(self._tried, checkpoint.name, checkpoint.trial(group, rows))
+                yield Trial(group, rows, run, partial(self._keeper.is_there, checkpoint.name))
+
+    def _tried(self, name: str, run: Callable[[], object]) -> None:
+        """A trial is a user of its components as a request is."""
+        stay = Stay(name)
+        try:
+            self._keeper.enter(stay)
+            if stay.is_inside:
+                run()
+        finally:
+            self._keeper.leave(stay)
 
     def _ended(self, job: Job, outcome: str) -> None:
         with self._lock:
             self._jobs.discard(job)
             is_others_turn = self._room.release(job) and bool(self._unprepared)
             seconds = time.monotonic() - job.accepted_at
-            if outcome == "done":
+            if outcome == "done" and not job.stay.waited:  # what loads take is no part of what requests do
                 around = seconds - (job.stepped_at - job.ready_at)
                 self._policy.learn(job.demands, job.eta, around, seconds)
             self._report_load()
             self._changed.notify_all()
+        self._keeper.leave(job.stay)
         if is_others_turn:
             self._prepare.submit(job.urgency, self._prepare_waiting)
         self._telemetry.ended(job.request_id, job.resolved.checkpoint, outcome, job.eta.seconds, seconds)
@@ -304,6 +382,8 @@ class DiffusionService:
         with self._lock:
             ready, is_full = list[Job](), False
             for job in self._unprepared:
+                if not job.stay.is_inside:
+                    continue
                 if self._has_room(job, may_grow=not is_full):
                     ready.append(job)
                 else:
@@ -431,6 +511,10 @@ def _demands(beginning: Snapshot) -> list[Demand]:
         Demand(group, resolved.rows, last - image.evaluation, priority, chunks, length=length, adapter=adapter)
         for image in beginning.images
     ]
+
+
+def _named(demands: Iterable[Demand]) -> set[str]:
+    return {demand.group.checkpoint for demand in demands}
 
 
 def _raise(error: Exception) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the engine imports this module
@@ -37,6 +38,18 @@ class Telemetry:
     def lora(self, hit: bool, held_bytes: int) -> None:
         """A file of LoRA was asked for, and was held in memory or was read; `held_bytes` are held now."""
 
+    def loaded(self, checkpoint: str, seconds: float) -> None:
+        """A checkpoint's components were loaded, in so many seconds."""
+
+    def unloaded(self, checkpoint: str) -> None:
+        """A checkpoint's components left."""
+
+    def load_failed(self, checkpoint: str) -> None:
+        """A checkpoint's components could not be loaded."""
+
+    def resident(self, checkpoints: Mapping[str, int], total: int) -> None:
+        """The bytes of each checkpoint's components that are in memory, and of all: shared ones are counted once."""
+
 
 class Fanout(Telemetry):
     """Passes every call on to several listeners, in turn."""
@@ -71,3 +84,19 @@ class Fanout(Telemetry):
     def lora(self, hit: bool, held_bytes: int) -> None:
         for one in self._listeners:
             one.lora(hit, held_bytes)
+
+    def loaded(self, checkpoint: str, seconds: float) -> None:
+        for one in self._listeners:
+            one.loaded(checkpoint, seconds)
+
+    def unloaded(self, checkpoint: str) -> None:
+        for one in self._listeners:
+            one.unloaded(checkpoint)
+
+    def load_failed(self, checkpoint: str) -> None:
+        for one in self._listeners:
+            one.load_failed(checkpoint)
+
+    def resident(self, checkpoints: Mapping[str, int], total: int) -> None:
+        for one in self._listeners:
+            one.resident(checkpoints, total)

@@ -13,7 +13,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +30,9 @@ from diffuserve.lora.folder import DEFAULT_BUDGET
 from diffuserve.manifest import Component, Deployment
 from diffuserve.metrics import BackgroundRegistry, Metric, MetricsTelemetry
 from diffuserve.request import Event
+from diffuserve.server.processes import ModelProcess
 from diffuserve.service import DiffusionService, Reply
+from diffuserve.sharing import SharingOptions
 from diffuserve.spec import device_kind
 from diffuserve.telemetry import Fanout, Telemetry
 
@@ -58,6 +60,8 @@ TOKEN_VARIABLE: Final = "DIFFUSERVE_TOKEN"  # what whoever drains the server mus
 TARGET_STEP_VARIABLE: Final = "DIFFUSERVE_TARGET_STEP_MS"  # what a UNet call should not exceed
 
 _OPENING_SECONDS: Final = 2.0
+_UNLOADING_SECONDS: Final = 10.0
+_POLL_SECONDS: Final = 0.02
 
 _log: Final = logging.getLogger(__name__)
 
@@ -94,6 +98,8 @@ class BlsRunner:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._open = device, False
+        #: Whether a model is meant to be loaded; others are not loaded again.
+        self.may_use: Callable[[str], bool] = lambda model: True  # noqa: ARG005
         self._reviving, self._revived = threading.Lock(), dict[str, float]()
         self._options: dict[str, Any] = {}
         if device.type == "cuda":  # outputs go to the CPU's memory unless they are asked not to
@@ -146,6 +152,8 @@ class BlsRunner:
 
         Triton never starts such a process again by itself.
         """
+        if not self.may_use(model):
+            raise error
         with self._reviving:
             if self._revived.get(model, 0.0) > began:
                 return
@@ -159,6 +167,30 @@ class BlsRunner:
                 ) from cause
             self._revived[model] = time.monotonic()
 
+    def load(self, model: str) -> None:
+        """Load a component that is not loaded. Raises ComponentFailedError."""
+        with self._reviving:
+            try:
+                pb_utils.load_model(model_name=model)
+            except Exception as cause:
+                raise errors.ComponentFailedError(f"{model}: {_told(cause)}", component=model) from cause
+
+    def unload(self, model: str) -> None:
+        """Unload a component; its process has ended when this returns. Raises ComponentFailedError."""
+        process = ModelProcess(os.getpgrp(), model)
+        process.is_gone()  # which looks for it now
+        with self._reviving:
+            try:
+                pb_utils.unload_model(model_name=model)
+            except Exception as cause:
+                raise errors.ComponentFailedError(f"{model}: {_told(cause)}", component=model) from cause
+        deadline = time.monotonic() + _UNLOADING_SECONDS
+        while process.was_seen and not process.is_gone() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
+    def is_ready(self, model: str) -> bool:
+        return bool(pb_utils.is_model_ready(model_name=model))
+
     def _taken(self, component: Component, tensor: Any) -> torch.Tensor:
         """An output as torch's tensor, once it is known to be on the loop's device."""
         taken = from_dlpack(tensor.to_dlpack())
@@ -171,6 +203,11 @@ class BlsRunner:
                 output=tensor.name(),
             )
         return taken
+
+
+def _told(error: Exception) -> str:
+    """Triton's words of why a model does not load, in one line."""
+    return " ".join(str(error).split())
 
 
 class TritonMetrics:
@@ -308,6 +345,10 @@ class DiffusionModel:
         # The engines have the cores, or the GPU; the loop's own arithmetic is a few numbers a row.
         torch.set_num_threads(1)
         deployment = Deployment.load(Path(root))
+        try:
+            sharing = SharingOptions.from_environment(os.environ)
+        except ValueError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
         device = _device(deployment, args)
         self._bls = BlsRunner(device)
         runner: ComponentRunner = self._bls
@@ -327,7 +368,12 @@ class DiffusionModel:
             embeddings=_folder(EMBEDDINGS_VARIABLE),
             loras=_folder(LORAS_VARIABLE),
             lora_budget=_megabytes(LORA_BUDGET_VARIABLE, DEFAULT_BUDGET),
+            control=self._bls,
+            limits=sharing.limits,
+            weights=sharing.weights,
+            pinned=sharing.pinned,
         )
+        self._bls.may_use = self._service.may_use
         self._admission = Admission(self._service.submit, self._refuse)
         self._token = os.environ.get(TOKEN_VARIABLE, "").encode()
         # The first request shows that the instance is made. A server that gets none still measures its engines.
@@ -337,6 +383,7 @@ class DiffusionModel:
 
     def execute(self, requests: list[Any]) -> None:
         self._bls.open()
+        self._service.open()
         for request in requests:
             self._accept(request)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -32,7 +34,7 @@ def by_name(values: st.SearchStrategy[float]) -> st.SearchStrategy[dict[str, flo
     return st.fixed_dictionaries(dict.fromkeys(NAMES, values))
 
 
-def keep_busy(world: World, name: str, length: int, images: int, numbers: list[int], **values: int) -> None:
+def keep_busy(world: World, name: str, length: int, images: int, numbers: list[int], **values: Any) -> None:
     """As many images as there were, new ones in place of those that ended."""
     present = sum(candidate.group.checkpoint == name for candidate in world.active.values())
     for _ in range(images - present):

@@ -30,6 +30,7 @@ _log: Final = logging.getLogger(__name__)
 
 _IDLE_POOLS: Final = 4  # groups whose memory is kept although nothing of them runs
 _TRIAL_AGAIN_S: Final = 0.25
+_TRIAL_LOOK_S: Final = 1.0  # while what they call is not in memory
 _LONGEST_TRIAL_S: Final = 1.0
 
 
@@ -42,11 +43,15 @@ class LoopCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A UNet call on no one's behalf, made while the loop is idle, so that its cost is known before it is needed."""
+    """A UNet call on no one's behalf, made while the loop is idle, so that its cost is known before it is needed.
+
+    One that is not possible is left for later.
+    """
 
     group: Group
     rows: int
     run: Callable[[], object]
+    is_possible: Callable[[], bool] = lambda: True
 
 
 class DenoiseLoop:
@@ -137,21 +142,22 @@ class DenoiseLoop:
         with self._wake:
             idle = not (self._closed or self._joining or self._active)
             self._busy_since = None if idle else self._clock()
-            if idle and not self._trials:
-                self._wake.wait()
+            trial = next((one for one in self._trials if one.is_possible()), None) if idle else None
+            if idle and trial is None:
+                self._wake.wait(_TRIAL_LOOK_S if self._trials else None)
             self._busy_since = self._clock()
             arrived, self._joining = self._joining, []
             closed = self._closed
-        if idle and self._trials and not arrived:
-            self._try()
+        if trial is not None and not arrived:
+            self._try(trial)
         for track in arrived:
             self._guarded([track], lambda track=track: self._admit(track))  # type: ignore[misc]
         return not closed
 
-    def _try(self) -> None:
-        trial, started = self._trials[0], self._clock()
+    def _try(self, trial: Trial) -> None:
+        started = self._clock()
         if self._policy.costs.seconds(trial.group, trial.rows) > _LONGEST_TRIAL_S:
-            del self._trials[0]  # a request that came now would wait for it; what is known says enough
+            self._trials.remove(trial)  # a request that came now would wait for it; what is known says enough
             return
         try:
             trial.run()
@@ -165,7 +171,7 @@ class DenoiseLoop:
             _log.exception("a trial failed")
         else:
             self._policy.costs.observe(trial.group, trial.rows, self._clock() - started)
-        del self._trials[0]
+        self._trials.remove(trial)
 
     def _let_go(self) -> None:
         for track in list(self._active.values()):

@@ -10,10 +10,12 @@ import argparse
 import contextlib
 import logging
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -23,6 +25,7 @@ from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
 from diffuserve.server.process import TritonServer
 from diffuserve.server.snapshot_key import with_snapshot_key
 from diffuserve.server.supervisor import Patience, Supervisor
+from diffuserve.sharing import SharingOptions, weight_from
 
 _TOGETHER_SECONDS: Final = 0.5
 _EXAMPLE: Final = """{"prompt": "a red circle", "image_encoding": "base64"}"""
@@ -30,8 +33,8 @@ _EXAMPLE: Final = """{"prompt": "a red circle", "image_encoding": "base64"}"""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to stop, and return the exit code."""
-    options, patience = settings_from(arguments)
     try:
+        options, patience = settings_from(arguments)
         supervisor = Supervisor(with_snapshot_key(options), patience, _say)
     except ServerSetupError as error:
         return _fail(str(error), code=2)
@@ -82,8 +85,9 @@ class _Signals:
 
 
 def _announcement(server: TritonServer) -> str:
+    unserved = "".join(f"warning: {name} cannot be served: {why}\n" for name, why in server.unserved.items())
     return (
-        f"serving {server.options.deployment}: "
+        f"{unserved}serving {server.options.deployment}: "
         f"gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}\n"
         f"try: curl -s {server.http_url}/v2/models/{PUBLIC_MODEL}/generate -d '{_EXAMPLE}'"
     )
@@ -119,9 +123,27 @@ def settings_from(arguments: Sequence[str] | None = None) -> tuple[ServerOptions
         echo="everything" if parsed.verbose else "warnings",
         start_timeout=parsed.start_timeout,
         exit_timeout=parsed.exit_timeout,
+        sharing=_sharing(parsed),
         triton_arguments=tuple(parsed.triton_argument),
     )
     return options, Patience(grace=parsed.grace, stalled=parsed.stall_timeout)
+
+
+def _sharing(parsed: argparse.Namespace) -> SharingOptions:
+    """What the command line says, and what it leaves out as the environment says. Raises ServerSetupError."""
+    try:
+        told = SharingOptions.from_environment(os.environ)
+        limits = {
+            "budget": None if parsed.memory_budget is None else round(parsed.memory_budget * 1e9),
+            "idle": None if parsed.idle_release is None else parsed.idle_release * 60,
+            "stay": parsed.least_stay,
+            "loads": parsed.loads_per_minute,
+        }
+        given = {name: value for name, value in limits.items() if value is not None}
+        weights = {**told.weights, **dict(map(weight_from, parsed.weight))}
+        return SharingOptions(replace(told.limits, **given), weights, tuple(parsed.pin) or told.pinned)
+    except ValueError as error:
+        raise ServerSetupError(str(error)) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -160,6 +182,22 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds without an engine call, with something to do, after "
         "which Triton is started again (default: %(default)g)",
     )
+    add(
+        "--memory-budget",
+        type=float,
+        metavar="GB",
+        help="what the components of all checkpoints may take; those used longest ago leave (default: no limit)",
+    )
+    add(
+        "--idle-release",
+        type=float,
+        metavar="MINUTES",
+        help="without a request after which a checkpoint leaves the memory; 0 is never (default: 15)",
+    )
+    add("--least-stay", type=float, metavar="SECONDS", help="before a checkpoint makes room for others (default: 10)")
+    add("--loads-per-minute", type=int, help="the most loads of checkpoints in any minute (default: 12)")
+    add("--weight", action="append", default=[], metavar="NAME=W", help="a checkpoint's share of the time (default: 1)")
+    add("--pin", action="append", default=[], metavar="NAME", help="a checkpoint that never leaves; may be repeated")
     add("--triton-argument", action="append", default=[], help="passed to tritonserver as it is; may be repeated")
     return parser
 

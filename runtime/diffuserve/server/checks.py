@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffuserve.manifest import Deployment
+from diffuserve.residency import first_residents
 from diffuserve.server.errors import ServerSetupError
 from diffuserve.server.options import GPU_CONFIG, PUBLIC_MODEL, ServerOptions
+from diffuserve.sharing import models_of
 from diffuserve.spec import device_kind
 
-__all__ = ["Ports", "address_of", "check_model_repository", "claim_ports", "component_models", "config_name"]
+__all__ = [
+    "Ports",
+    "address_of",
+    "check_model_repository",
+    "claim_ports",
+    "component_models",
+    "config_name",
+    "models_at_start",
+]
 
 
 class Ports(NamedTuple):
@@ -88,6 +98,34 @@ def component_models(deployment: Path) -> tuple[str, ...]:
             f"{deployment / 'models' / PUBLIC_MODEL} has the public model's name: export it under another NAME"
         )
     return names
+
+
+def models_at_start(options: ServerOptions, components: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the deployment's models, those that a server begins with: all, or what its memory budget allows.
+
+    Raises ServerSetupError where the sharing options do not fit the deployment.
+    """
+    sharing = options.sharing
+    try:
+        models = models_of(Deployment.load(options.deployment))
+    except (OSError, ValueError):  # the public model reads it all, and says what is wrong with it
+        return components
+    for name in (*sharing.weights, *sharing.pinned):
+        if name not in models:
+            raise ServerSetupError(
+                f"{name!r} has a weight or is pinned, and is not deployed; there is {', '.join(models)}"
+            )
+    budget = sharing.limits.budget
+    if budget is None:
+        return components
+    pinned = {model: size for name in sharing.pinned for model, size in models[name].items()}
+    if sum(pinned.values()) > budget:
+        raise ServerSetupError(
+            f"the pinned checkpoints need {sum(pinned.values()) / 1e9:.2f} GB, and the memory budget is "
+            f"{budget / 1e9:.2f} GB: raise it with --memory-budget, or pin less"
+        )
+    first = {model for name in first_residents(models, sharing.pinned, budget) for model in models[name]}
+    return tuple(name for name in components if name in first)
 
 
 def config_name(deployment: Path) -> str:

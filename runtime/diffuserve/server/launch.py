@@ -17,9 +17,11 @@ from diffuserve.server.checks import (
     claim_ports,
     component_models,
     config_name,
+    models_at_start,
 )
 from diffuserve.server.embedded import Triton, find_triton
 from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
+from diffuserve.sharing import SharingOptions
 
 __all__ = ["Launch", "command_line", "prepare", "server_environment"]
 
@@ -59,7 +61,7 @@ def prepare(options: ServerOptions, environment: Mapping[str, str] | None = None
     triton = find_triton(options.cache_folder(), inherited)
     token = secrets.token_hex(16)
     server_id = f"diffuserve-{os.getpid()}-{secrets.token_hex(4)}"
-    models = (*components, PUBLIC_MODEL)
+    models = (*models_at_start(options, components), PUBLIC_MODEL)
     return Launch(
         arguments=command_line(triton, options, address, ports, models, server_id, config),
         environment={**server_environment(triton, options, deployment, inherited), "DIFFUSERVE_TOKEN": token},
@@ -128,5 +130,7 @@ def server_environment(
         environment["DIFFUSERVE_LORAS"] = str(options.loras.absolute())
     if options.lora_budget_mb is not None:
         environment["DIFFUSERVE_LORA_BUDGET_MB"] = str(options.lora_budget_mb)
+    if options.sharing != SharingOptions():  # else what the environment says holds
+        environment.update(options.sharing.environment())
     environment.update(options.environment)
     return environment

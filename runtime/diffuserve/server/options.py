@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from diffuserve.sharing import SharingOptions
+
 __all__ = ["GPU_CONFIG", "PUBLIC_MODEL", "Echo", "ServerOptions"]
 
 PUBLIC_MODEL = "diffusion"
@@ -47,6 +49,8 @@ class ServerOptions:
     """Seconds that Triton waits for requests in flight and for models to unload when it stops."""
     shm_bytes: int = 8 * 2**20
     """Shared memory that each Python-backend model begins with; it grows where a request needs more."""
+    sharing: SharingOptions = field(default_factory=SharingOptions)
+    """How checkpoints share memory and time."""
     triton_arguments: tuple[str, ...] = ()
     """Passed to tritonserver as they are, after all others."""
     environment: Mapping[str, str] = field(default_factory=dict)

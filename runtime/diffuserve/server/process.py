@@ -12,16 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from diffuserve.manifest import Deployment
 from diffuserve.server.errors import ServerSetupError, ServerStartError
 from diffuserve.server.launch import Launch, prepare
 from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
 from diffuserve.server.probe import Probe
 from diffuserve.server.processes import ModelProcess, members
+from diffuserve.sharing import models_of
 
 __all__ = ["TritonServer"]
 
@@ -55,6 +57,8 @@ class TritonServer:
         self._group: int | None = None
         self._ready = False
         self._public: ModelProcess | None = None
+        #: Checkpoints that could not be loaded at the start, with the reasons; the others are served.
+        self.unserved: Mapping[str, str] = {}
         self._tail: collections.deque[str] = collections.deque(maxlen=400)
 
     def __enter__(self) -> TritonServer:
@@ -219,11 +223,29 @@ class TritonServer:
             for state, reason in [states.get(name, ("", ""))]
             if state not in ("READY", "LOADING")
         }
-        if failed:
+        if failed and not self._serves_without(failed):
             reasons = "\n".join(f"{name}: {reason.strip()}" for name, reason in failed.items())
             summary = f"{len(failed)} of {len(self.launch.models)} models failed to load"
             raise ServerStartError(self._with_log(f"{summary}\n{reasons}"))
-        return probe.is_ready()
+        return bool(failed) or probe.is_ready()
+
+    def _serves_without(self, failed: Mapping[str, str]) -> bool:
+        """Whether a checkpoint is whole though these models failed; `unserved` has the others, with the reasons."""
+        if PUBLIC_MODEL in failed:
+            return False
+        try:
+            checkpoints = models_of(Deployment.load(self.options.deployment))
+        except (OSError, ValueError):
+            return False
+        self.unserved = {
+            name: failed[lost[0]].strip()
+            for name, models in checkpoints.items()
+            if (lost := [model for model in models if model in failed])
+        }
+        return any(
+            name not in self.unserved and all(model in self.launch.models for model in models)
+            for name, models in checkpoints.items()
+        )
 
     def _logged_reason(self, name: str) -> str:
         lines = [line for line in tuple(self._tail) if line.startswith("E") and f"'{name}'" in line]

@@ -51,6 +51,10 @@ class ModelProcess:
         self._instance = re.compile(rf"{re.escape(model)}_\d+(_\d+)?")
         self._pid, self._started = 0, ""
 
+    @property
+    def was_seen(self) -> bool:
+        return bool(self._pid)
+
     def is_gone(self) -> bool:
         """Whether it was seen before, and is no more. A new one after a new load of the model counts as the same."""
         known = bool(self._pid)
