@@ -6,12 +6,15 @@ of LoRA as long to read. While that thread is busy no request is accepted and no
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Final, Protocol
 
 from diffuserve.errors import CancelledError, DiffuserveError, InvalidArgumentError, QueueFullError
+from diffuserve.heartbeats import Heartbeats
 from diffuserve.job import Reply
 from diffuserve.request import Event, GenerateRequest
 from diffuserve.workers import Workers
@@ -33,11 +36,14 @@ class Submit(Protocol):
 class Admission:
     """Submits requests to a service; large ones, and those with LoRAs, from threads of its own.
 
-    `refused` is told of a large one that the service did not accept.
+    `refused` is told of a large one that the service did not accept. `heartbeats` beat for those that wait to be read,
+    as for those that the service has.
     """
 
-    def __init__(self, submit: Submit, refused: Callable[[Reply, str, Exception], None]) -> None:
-        self._submit, self._refused = submit, refused
+    def __init__(
+        self, submit: Submit, refused: Callable[[Reply, str, Exception], None], heartbeats: Heartbeats
+    ) -> None:
+        self._submit, self._refused, self._heartbeats = submit, refused, heartbeats
         self._workers = Workers(_WORKERS, "admission")
         self._held = 0
         self._lock = threading.Lock()
@@ -51,21 +57,23 @@ class Admission:
             self._submit(request, reply, request_id=request_id, trace=trace)
             return
         self._hold(size)
-        counted = _CountedReply(reply, partial(self._release, size))
-        admit = partial(self._admit, request, counted, request_id, trace)
+        held = _HeldReply(reply, request.heartbeat_ms / 1000, partial(self._release, size))
+        admit = partial(self._admit, request, held, request_id, trace)
         if not self._workers.submit((-request.priority,), admit):
             self._release(size)
             raise CancelledError("the server is shutting down")
+        self._heartbeats.add(held)
 
     def close(self) -> None:
         """Admit what waits, and end."""
         self._workers.close()
 
-    def _admit(self, request: GenerateRequest, reply: Reply, request_id: str, trace: object | None) -> None:
+    def _admit(self, request: GenerateRequest, reply: _HeldReply, request_id: str, trace: object | None) -> None:
         try:
             self._submit(request, reply, request_id=request_id, trace=trace)
         except Exception as error:
             self._refused(reply, request_id, error)
+        reply.is_read = True
 
     def _hold(self, size: int) -> None:
         if size > MAX_GIVEN_BYTES:
@@ -90,24 +98,41 @@ class Admission:
             self._held -= size
 
 
-class _CountedReply:
-    """A reply that tells when its request is over."""
+class _HeldReply:
+    """A reply that tells when its request is over, and beats, `every` so many seconds, until it is read."""
 
-    def __init__(self, reply: Reply, over: Callable[[], None]) -> None:
-        self._reply, self._over = reply, over
+    def __init__(self, reply: Reply, every: float, over: Callable[[], None]) -> None:
+        self._reply, self._every, self._over = reply, every, over
+        self._beat_at = time.monotonic()
+        self._lock = threading.Lock()  # nothing is sent after the last answer
+        self.is_read = not every
 
     def send(self, event: Event, *, final: bool) -> None:
         try:
-            self._reply.send(event, final=final)
+            with self._lock:
+                self.is_read |= final
+                self._reply.send(event, final=final)
         finally:
             if final:
                 self._over()
 
     def fail(self, error: DiffuserveError) -> None:
         try:
-            self._reply.fail(error)
+            with self._lock:
+                self.is_read = True
+                self._reply.fail(error)
         finally:
             self._over()
 
     def is_cancelled(self) -> bool:
         return self._reply.is_cancelled()
+
+    def beat(self, now: float) -> float:
+        """As heartbeats.Beating."""
+        with self._lock:
+            if self.is_read:
+                return math.inf
+            if now - self._beat_at >= self._every:
+                self._beat_at = now
+                self._reply.send(Event(kind="heartbeat", info={}), final=False)
+            return self._beat_at + self._every - now

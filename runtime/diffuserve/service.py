@@ -135,7 +135,8 @@ class DiffusionService:
         self._previews = Previews()
         self._unprepared: list[Job] = []
         self._jobs: set[Job] = set()
-        self._heartbeats = Heartbeats()
+        #: Signs of life for requests, also before they are submitted.
+        self.heartbeats = Heartbeats()
         self._draining = False
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -188,7 +189,7 @@ class DiffusionService:
             self._jobs.add(job)
             self._unprepared.append(job)
             self._report_load()
-        self._heartbeats.add(job)
+        self.heartbeats.add(job)
         self._telemetry.accepted(job.request_id, job.resolved.checkpoint, job.eta.seconds)
         job.stay.on_ready = partial(self._prepare_soon, job)
         job.stay.on_failed = partial(self._give_up, job)
@@ -259,7 +260,7 @@ class DiffusionService:
             job.fail(_shutting_down())
         self._finish.close()
         self._previews.close()
-        self._heartbeats.close()
+        self.heartbeats.close()
 
     def _begun(self, request: GenerateRequest) -> Snapshot:
         """A new request, with all of its images to be made."""

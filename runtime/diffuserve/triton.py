@@ -374,7 +374,7 @@ class DiffusionModel:
             pinned=sharing.pinned,
         )
         self._bls.may_use = self._service.may_use
-        self._admission = Admission(self._service.submit, self._refuse)
+        self._admission = Admission(self._service.submit, self._refuse, self._service.heartbeats)
         self._token = os.environ.get(TOKEN_VARIABLE, "").encode()
         # The first request shows that the instance is made. A server that gets none still measures its engines.
         self._opening = threading.Timer(_OPENING_SECONDS, self._bls.open)

@@ -83,7 +83,8 @@ def unread_streams(url: str, count: int, **parameters: Any) -> Iterator[list[Any
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         requests = (GenerateRequest(prompt="a ring", seed=seed, **parameters) for seed in range(count))
         messages = (Exchange(request, url=url, timeout=Timeout()).message() for request in requests)
-        yield [stub.ModelStreamInfer(iter((message,))) for message in messages]
+        calls = [stub.ModelStreamInfer(iter((message,))) for message in messages]
+        yield calls  # which are cancelled when nobody holds them any more
 
 
 def until_taken(server: TritonServer, requests: int) -> None:

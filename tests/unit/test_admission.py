@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from diffuserve import admission
+from diffuserve import admission, request
 from diffuserve.admission import Admission
 from diffuserve.errors import CancelledError, InvalidArgumentError, QueueFullError
+from diffuserve.heartbeats import Heartbeats
 from diffuserve.request import Event, GenerateRequest
 from unit.fakes import Recorder
 
@@ -47,7 +51,8 @@ def service() -> Service:
 @pytest.fixture
 def admit(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[GenerateRequest], Recorder]]:
     monkeypatch.setattr(admission, "MAX_GIVEN_BYTES", 250_000)
-    one = Admission(service.submit, lambda reply, _, error: reply.fail(error))  # type: ignore[arg-type]
+    heartbeats = Heartbeats()
+    one = Admission(service.submit, lambda reply, _, error: reply.fail(error), heartbeats)  # type: ignore[arg-type]
 
     def admit(request: GenerateRequest) -> Recorder:
         reply = Recorder()
@@ -57,6 +62,7 @@ def admit(service: Service, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     admit.close = one.close  # type: ignore[attr-defined]
     yield admit
     one.close()
+    heartbeats.close()
 
 
 def taken(service: Service, count: int) -> list[Any]:
@@ -93,6 +99,31 @@ def test_what_is_read_does_not_hold_up_small_requests(service: Service, admit: A
     assert len(service.replies) == 1
     release.set()
     taken(service, 2)
+
+
+def test_one_that_waits_to_be_read_gives_signs_of_life_until_it_is(
+    service: Service, admit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request, "MIN_HEARTBEAT_MS", 1)
+    go_on, beaten = threading.Event(), threading.Semaphore(0)
+    service.hold = go_on.wait
+    told = list[tuple[str, bool]]()
+
+    def send(_: Recorder, event: Event, *, final: bool) -> None:
+        told.append((event.kind, final))
+        beaten.release()
+
+    monkeypatch.setattr(Recorder, "send", send)
+    for _ in range(3):
+        admit(replace(large(70_000), heartbeat_ms=5))
+    heard = [beaten.acquire(timeout=20) for _ in range(9)]
+    go_on.set()
+    assert all(heard)
+    assert set(told) == {("heartbeat", False)}
+    held = taken(service, 3)
+    for one in held:
+        one.send(IMAGE, final=True)
+        assert one.beat(time.monotonic() + 60) == math.inf
 
 
 def test_requests_hold_no_more_bytes_together_than_the_limit_until_they_end(service: Service, admit: Any) -> None:
