@@ -30,6 +30,8 @@ from unit.export.controlnets import random_controlnet, with_middle
 from unit.export.pipelines import random_pipeline
 from unit.export.single_file import original_controlnet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 Saved = Callable[[str], Path]
 
