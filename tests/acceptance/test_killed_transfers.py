@@ -20,7 +20,7 @@ KILLS = 4
 
 
 def killed_until_done(environment: dict[str, str], progress: Callable[[], int], arguments: list[str]) -> list[int]:
-    """Run the command, killing it as soon as there is more than before; how much there was each time, and at the end."""
+    """Run the command, killing it as soon as there is more than before; how much there was each time and at the end."""
     command = [sys.executable, "-m", "diffuserve_client", "repository", *arguments, "--jobs", "1"]
     seen = [0]
     for _ in range(KILLS):
