@@ -52,16 +52,13 @@ accept-requests: $(INSTALLED) ## Snapshots after every step, clients that exhaus
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_exhaustion.py \
 		tests/acceptance/test_inpainting.py tests/acceptance/test_previews_and_tiles.py
 
-accept-sharing: $(INSTALLED) ## A version exported and rolled out under traffic, stored deployments whose transfers are killed
-	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_rollout.py tests/acceptance/test_killed_transfers.py
-
 accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \
 		tests/acceptance/test_full_size.py tests/acceptance/test_quantized_sizes.py tests/acceptance/test_quantized_quality.py
 
-accept-sharing: $(INSTALLED) ## LoRAs, ControlNets and checkpoints that share a server, full-size SD1.5 with LoRA [ONLY=control WRITE_DOCS=1]
+accept-sharing: $(INSTALLED) ## LoRAs, ControlNets, checkpoints that share a server, rollouts, stored deployments, full-size SD1.5 with LoRA [ONLY=control WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") tests/acceptance/test_control.py \
-		tests/acceptance/test_lora_full_size.py
+		tests/acceptance/test_rollout.py tests/acceptance/test_killed_transfers.py tests/acceptance/test_lora_full_size.py
 
 check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift
 	$(VENV)/bin/ruff format --check
