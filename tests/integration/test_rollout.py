@@ -114,8 +114,8 @@ def rollout(server: TritonServer, *arguments: str) -> str:
 def test_a_restored_deployment_serves_identical_pictures(shop: TritonServer, client: Client) -> None:
     with Client(shop.grpc_url) as theirs:
         for options in ({"seed": 5}, {"seed": 6, "steps": 4, "sampler": "euler_ancestral"}):
-            one = client.generate("a large red circle on a blue background", **options).images[0]  # type: ignore[arg-type]
-            assert theirs.generate("a large red circle on a blue background", **options).images[0].data == one.data  # type: ignore[arg-type]
+            one = client.generate("a large red circle on a blue background", **options).images[0]
+            assert theirs.generate("a large red circle on a blue background", **options).images[0].data == one.data
 
 
 def test_a_new_version_is_tried_promoted_and_rolled_back_under_traffic(shop: TritonServer, restored: Path) -> None:
