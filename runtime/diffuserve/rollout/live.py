@@ -127,7 +127,8 @@ class LiveRollout:
             self._problem = str(error)
             return
         if digest != self._digest:
-            _log.info("rollout", extra={"table": digest, "aliases": str(table.aliases)})
+            shares = {name: alias.shares() for name, alias in table.aliases.items()}
+            _log.info("rollout", extra={"table": digest, "default": table.default, "aliases": shares})
         self._table, self._digest, self._problem = table, digest, ""
 
     def _load(self) -> None:
