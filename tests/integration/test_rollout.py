@@ -149,7 +149,7 @@ def test_a_new_version_is_tried_promoted_and_rolled_back_under_traffic(shop: Tri
 
             add_version(restored, "shapes", "shapes-v3", broken=True)
             told = wait(shop, lambda told: told["failed"])
-            assert "shapes-v3_unet cannot be loaded" in told["failed"]["shapes-v3"]
+            assert "shapes-v3 cannot be loaded: shapes-v3_unet" in told["failed"]["shapes-v3"]
             assert told["checkpoints"] == ["shapes", "shapes-v2"]
 
             assert "shop: shapes-v2 100 %" in rollout(shop, "promote", "shop", "shapes-v2")

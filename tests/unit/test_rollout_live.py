@@ -7,34 +7,53 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffuserve.errors import NotFoundError
-from diffuserve.manifest import Deployment, Manifest
+from diffuserve.components import InProcessRunner
+from diffuserve.errors import ComponentFailedError, NotFoundError
+from diffuserve.manifest import Component, Deployment
 from diffuserve.request import GenerateRequest
 from diffuserve.rollout import Alias, RolloutTable, change_table, parse_weights
 from diffuserve.service import DiffusionService
 from diffuserve.snapshot import decode_snapshot
 from diffuserve.telemetry import Telemetry
-from unit.fakes import FakeModels, Recorder, write_deployment
+from unit.fakes import FakeModels, Recorder, component, write_deployment
+
+
+PARTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+NAMES = ("v1", "v2", "v3", "v4", "shop")
 
 
 class Loading:
-    """What the service has loaded; `fails` says with what, and `gate` holds a load back."""
+    """Loads models; `fails` says of which checkpoint with what, and `gate` holds the loads back."""
 
     def __init__(self) -> None:
-        self.did, self.fails = list[str](), dict[str, str]()
+        self.did, self.fails, self.ready = list[str](), dict[str, str](), set[str]()
         self.gate = threading.Event()
         self.gate.set()
 
-    def __call__(self, manifest: Manifest) -> None:
-        self.did.append(manifest.name)
+    def load(self, model: str) -> None:
+        name = model.partition("_")[0]
+        if model.endswith("_unet"):
+            self.did.append(name)
         assert self.gate.wait(20)
-        if manifest.name in self.fails:
-            raise RuntimeError(self.fails[manifest.name])
+        if name in self.fails:
+            raise ComponentFailedError(self.fails[name])
+        self.ready.add(model)
+
+    def unload(self, model: str) -> None:
+        self.ready.remove(model)
+
+    def is_ready(self, model: str) -> bool:
+        return model.startswith("v1_") or model in self.ready
+
+
+def components(name: str) -> dict[str, Component]:
+    return {part: replace(component(part), model=f"{name}_{part}") for part in PARTS}
 
 
 class Told(Telemetry):
@@ -53,13 +72,19 @@ class Served:
         self.service = self.start()
 
     def start(self) -> DiffusionService:
+        functions = self.models.text, self.models.unet, self.models.decode, self.models.encode
+        runner = InProcessRunner(
+            {f"{name}_{part}": act for name in NAMES for part, act in zip(PARTS, functions, strict=True)}
+        )
         deployment = Deployment.load(self.root)
-        return DiffusionService(deployment, self.models.runner(), telemetry=self.told, load=self.loading, key=b"k" * 16)
+        service = DiffusionService(deployment, runner, telemetry=self.told, control=self.loading, key=b"k" * 16)
+        service.open()
+        return service
 
     def export(self, name: str, key: str = "0") -> None:
         """Add a checkpoint as the export does: deployment.json last, and whole."""
         staging = self.root / f".export-{name}"
-        made = write_deployment(staging, name, key=key)
+        made = write_deployment(staging, name, key=key, components=components(name))
         made.folder(name).rename(self.root / "checkpoints" / name)
         names = (*Deployment.load(self.root).checkpoints, name)
         self.write("deployment.json", Deployment(self.root, names).to_json())
@@ -106,7 +131,7 @@ class Served:
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     monkeypatch.setattr("diffuserve.rollout.live._POLL_SECONDS", 0.02)
-    write_deployment(tmp_path, "v1")
+    write_deployment(tmp_path, "v1", components=components("v1"))
     one = Served(tmp_path)
     yield one
     one.loading.gate.set()
@@ -210,12 +235,15 @@ def test_a_checkpoint_that_cannot_be_loaded_changes_nothing_and_is_tried_again(s
     served.wait(lambda status: status["aliases"])
     served.loading.fails["v2"] = "the engine is for another card"
     served.export("v2")
-    served.wait(lambda status: status["failed"] == {"v2": "the engine is for another card"})
+    status = served.wait(lambda status: status["failed"])
+    assert "the engine is for another card" in status["failed"]["v2"]
     served.set("shop=v2")
     status = served.wait(lambda status: status["problem"] and status["failed"])
     assert "names v2; there are v1" in status["problem"]
     assert status["aliases"] == {"shop": {"v1": 1.0}}
     assert served.info(checkpoint="shop")["checkpoint"] == "v1"
+    with pytest.raises(NotFoundError, match="'v2' is not deployed"):
+        served.ask(checkpoint="v2")
     served.loading.fails.clear()
     served.set("shop=v2")  # the same again
     served.wait(lambda status: status["aliases"] == {"shop": {"v2": 1.0}})

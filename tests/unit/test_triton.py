@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffuserve.errors import ComponentFailedError, InternalError, UnsupportedError
+from diffuserve.errors import ComponentFailedError, InternalError
 from diffuserve.manifest import Component, TensorShape
 from diffuserve.request import Event
 
@@ -238,58 +238,3 @@ def test_nobody_asks_for_cancelling_while_the_last_response_is_sent(triton: Any)
         assert reply.is_cancelled()
     finally:
         watch.close()
-
-
-class Repository:
-    """Triton's model control; `fails` are the models that cannot be loaded."""
-
-    def __init__(self, ready: set[str], fails: set[str]) -> None:
-        self.ready, self.fails, self.did = ready, fails, list[str]()
-        vars(sys.modules["triton_python_backend_utils"]).update(
-            load_model=self.load, unload_model=self.unload, is_model_ready=lambda model_name: model_name in self.ready
-        )
-
-    def load(self, model_name: str) -> None:
-        if model_name in self.fails:
-            raise RuntimeError("failed to poll")
-        self.ready.add(model_name)
-        self.did.append(model_name)
-
-    def unload(self, model_name: str) -> None:
-        self.ready.remove(model_name)
-
-
-def exported(target: str = "onnxruntime-cpu") -> Any:
-    components = {name: SimpleNamespace(model=f"v2_{name}") for name in ("text_encoder", "unet", "vae_decoder")}
-    return SimpleNamespace(name="v2", target=target, components=components)
-
-
-def test_a_checkpoint_s_models_are_loaded_but_those_that_are_there(triton: Any) -> None:
-    repository = Repository({"v2_text_encoder"}, set())
-    opened(triton, torch.device("cpu")).load(exported())
-    assert repository.did == ["v2_unet", "v2_vae_decoder"]
-
-
-def test_of_a_checkpoint_that_cannot_be_loaded_nothing_new_stays(triton: Any) -> None:
-    repository = Repository({"v2_text_encoder"}, {"v2_vae_decoder"})
-    with pytest.raises(ComponentFailedError, match="v2_vae_decoder cannot be loaded: failed to poll"):
-        opened(triton, torch.device("cpu")).load(exported())
-    assert repository.ready == {"v2_text_encoder"}
-
-
-def test_a_checkpoint_for_another_device_is_not_loaded(triton: Any) -> None:
-    repository = Repository(set(), set())
-    with pytest.raises(UnsupportedError, match="v2 was exported for tensorrt, and this server steps on cpu"):
-        opened(triton, torch.device("cpu")).load(exported("tensorrt"))
-    assert repository.did == []
-
-
-def test_a_load_waits_until_triton_can_take_it(triton: Any) -> None:
-    repository, runner = Repository(set(), set()), triton.BlsRunner(torch.device("cpu"))
-    loading = threading.Thread(target=runner.load, args=(exported(),))
-    loading.start()
-    loading.join(0.05)
-    assert repository.did == []
-    runner.open()
-    loading.join(10)
-    assert len(repository.did) == 3
