@@ -23,7 +23,6 @@ from diffuserve.snapshot import decode_snapshot
 from diffuserve.telemetry import Telemetry
 from unit.fakes import FakeModels, Recorder, component, write_deployment
 
-
 PARTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 NAMES = ("v1", "v2", "v3", "v4", "shop")
 
