@@ -25,6 +25,7 @@ from diffuserve_client._doctor import DOCTOR_EXIT_CODES_HELP, doctor
 from diffuserve_client._exits import EXIT_CODES_HELP, complain, errors_as_exit_codes, exit_code
 from diffuserve_client._files import FORMAT_OF_SUFFIX, check_writable, numbered, write_atomically
 from diffuserve_client._repository import repository
+from diffuserve_client._rollout import rollout
 from diffuserve_client._timeout import Timeout
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def main(
 
 app.command(epilog=DOCTOR_EXIT_CODES_HELP)(doctor)
 app.add_typer(repository, name="repository")
+app.add_typer(rollout, name="rollout")
 
 
 @app.command(epilog=EXIT_CODES_HELP)

@@ -144,6 +144,22 @@ class Keeper:
                 self._residency.leave(stay.checkpoint, self._clock(), inside=False)
             self._changed.notify()
 
+    def prove(self, name: str) -> None:
+        """Return once a checkpoint's components are in memory. Raises DiffuserveError where they cannot be loaded."""
+        self.check(name)
+        stay, ended, errors = Stay(name), threading.Event(), list[DiffuserveError]()
+
+        def failed(error: DiffuserveError) -> None:
+            errors.append(error)
+            ended.set()
+
+        stay.on_ready, stay.on_failed = ended.set, failed
+        self.enter(stay)
+        ended.wait()
+        self.leave(stay)
+        if errors:
+            raise errors[0]
+
     def is_there(self, name: str) -> bool:
         """Whether a checkpoint's components are in memory."""
         with self._changed:

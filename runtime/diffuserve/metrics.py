@@ -185,9 +185,18 @@ class MetricsTelemetry(Telemetry):
             "outcome": frozenset((DONE, SUSPENDED, *_error_codes())),
             "code": frozenset(_error_codes()),
         }
+        self._declare(self._values)
+
+    def deployed(self, checkpoint: str) -> None:
+        known = self._values["checkpoint"]
+        if checkpoint not in known:
+            self._declare({**self._values, "checkpoint": frozenset([checkpoint])})
+            self._values["checkpoint"] = known | {checkpoint}
+
+    def _declare(self, values: Mapping[str, frozenset[str]]) -> None:
         for metric in METRICS:
-            for labels in product(*(sorted(self._values[name]) for name in metric.labels)):
-                registry.declare(metric, labels)
+            for labels in product(*(sorted(values[name]) for name in metric.labels)):
+                self._registry.declare(metric, labels)
 
     def refused(self, code: str) -> None:
         self._update(REFUSED, 1, code)

@@ -73,6 +73,14 @@ class CheckpointRegistry(Mapping[str, Checkpoint]):
             self._now = left
         self._tell(checkpoint, False)
 
+    def forget(self, name: str) -> None:
+        """Undo `add` for a checkpoint that turned out not to work. Its name is free for another export."""
+        with self._lock:
+            left = dict(self._now)
+            checkpoint = left.pop(name)
+            self._now = left
+        self._tell(checkpoint, False)
+
     def make_default(self, name: str) -> None:
         """Have requests that name no checkpoint served by this one. Raises KeyError where it is not there."""
         with self._lock:

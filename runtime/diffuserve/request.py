@@ -269,11 +269,12 @@ class GenerateRequest:
 class ResolvedRequest:
     """A request with nothing left to default: what `info` reports, and what makes the same picture again.
 
-    `rows` is how many rows each of its images has in a UNet call: with guidance 2, the prompt's and the negative
-    prompt's. `embeddings` are the textual inversions in its prompts, as name:digest. `loras` is what
-    lora.folder.CheckpointLoras told of its LoRAs, and `adapter` the lora.packing.Adapter that they make, while its
-    images wait for it. `image`, `mask` and `control` are the decoded `init_image`, `mask_image` and `control_image`,
-    PIL pictures of this size, or None; `reading` is a prompts.Reading, what the text encoders read.
+    `alias` is what the request named where that stands for `checkpoint`. `rows` is how many rows each of its images has
+    in a UNet call: with guidance 2, the prompt's and the negative prompt's. `embeddings` are the textual inversions in
+    its prompts, as name:digest. `loras` is what lora.folder.CheckpointLoras told of its LoRAs, and `adapter` the
+    lora.packing.Adapter that they make, while its images wait for it. `image`, `mask` and `control` are the decoded
+    `init_image`, `mask_image` and `control_image`, PIL pictures of this size, or None; `reading` is a prompts.Reading,
+    what the text encoders read.
     """
 
     request: GenerateRequest
@@ -289,6 +290,7 @@ class ResolvedRequest:
     embeddings: tuple[str, ...] = ()
     loras: tuple[Mapping[str, Any], ...] = ()
     adapter: Any = None
+    alias: str | None = None
     image: Any = None
     mask: Any = None
     control: Any = None
@@ -307,6 +309,7 @@ class ResolvedRequest:
         """Every parameter that made image `index`."""
         return {
             **self.request.parameters(),
+            **({"alias": self.alias} if self.alias else {}),
             "checkpoint": self.checkpoint,
             "width": self.width,
             "height": self.height,

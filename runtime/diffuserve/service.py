@@ -50,6 +50,7 @@ from diffuserve.prompts import EmbeddingFolder
 from diffuserve.registry import CheckpointRegistry
 from diffuserve.request import GenerateRequest
 from diffuserve.residency import Limits
+from diffuserve.rollout.live import LiveRollout
 from diffuserve.snapshot import ImageState, Snapshot, decode_snapshot, encode_snapshot
 from diffuserve.spec import UNET
 from diffuserve.telemetry import Telemetry
@@ -109,6 +110,7 @@ class DiffusionService:
         self._weights = dict(weights or {})
         for name in (*self._weights, *pinned):
             self._checkpoints.find(name)
+        self._checkpoints.listeners.append(lambda one, _: self._telemetry.deployed(one.name))
         self._policy = policy or StepPolicy(
             costs=StepCosts(),
             max_rows=self.max_rows,
@@ -142,6 +144,12 @@ class DiffusionService:
         self._changed = threading.Condition(self._lock)
         if control is None:
             self._keeper.open(at_once=True)
+        self._rollout = LiveRollout(
+            deployment.root,
+            self._checkpoints,
+            lambda name: Checkpoint(deployment, name, runner, folder, registry),
+            self._keeper.prove,
+        )
 
     def open(self) -> None:
         """Components can be loaded and called from now on. Harmless when it was called before."""
@@ -175,9 +183,10 @@ class DiffusionService:
 
         Raises DiffuserveError for a request that is not accepted: then nothing is sent on `reply`.
         """
-        beginning = self._resumed(request) if request.resume else self._begun(request)
+        request_id = request_id or uuid.uuid4().hex
+        beginning = self._resumed(request) if request.resume else self._begun(request, request_id)
         self._keeper.check(beginning.resolved.checkpoint)
-        job = Job(beginning, _demands(beginning), reply, request_id or uuid.uuid4().hex, trace)
+        job = Job(beginning, _demands(beginning), reply, request_id, trace)
         job.on_end = self._ended
         job.pack = partial(encode_snapshot, key=self._key)
         with self._lock:
@@ -245,10 +254,12 @@ class DiffusionService:
                 "active": len(self._jobs) - waiting,
                 "stalled_s": round(max(one.stalled() for one in (self.loop, self._prepare, self._finish)), 3),
                 **kept,
+                "rollout": self._rollout.status(),
             }
 
     def close(self) -> None:
         """Stop stepping. Requests under way end with an error."""
+        self._rollout.close()
         with self._lock:
             waiting = [job for job in self._unprepared if not job.stay.is_inside]
         for job in waiting:
@@ -262,10 +273,11 @@ class DiffusionService:
         self._previews.close()
         self.heartbeats.close()
 
-    def _begun(self, request: GenerateRequest) -> Snapshot:
+    def _begun(self, request: GenerateRequest, request_id: str) -> Snapshot:
         """A new request, with all of its images to be made."""
-        checkpoint = self._checkpoints.find(request.checkpoint)
-        resolved = checkpoint.resolve(request)
+        name, alias = self._rollout.choose(request, request_id)
+        checkpoint = self._checkpoints.find(name)
+        resolved = replace(checkpoint.resolve(request), alias=alias)
         return Snapshot(
             resolved=resolved,
             weights=checkpoint.manifest.key,

@@ -32,6 +32,9 @@ class Telemetry:
     def ended(self, request_id: str, checkpoint: str, outcome: str, eta: float, seconds: float) -> None:
         """An accepted request got its final response, `seconds` after it came; `eta` is what it had been told."""
 
+    def deployed(self, checkpoint: str) -> None:
+        """A checkpoint is served, or no longer, that was not from the start."""
+
     def load(self, waiting: int, active: int) -> None:
         """How many requests wait for their first step, and how many are being stepped."""
 
@@ -76,6 +79,10 @@ class Fanout(Telemetry):
     def ended(self, request_id: str, checkpoint: str, outcome: str, eta: float, seconds: float) -> None:
         for one in self._listeners:
             one.ended(request_id, checkpoint, outcome, eta, seconds)
+
+    def deployed(self, checkpoint: str) -> None:
+        for one in self._listeners:
+            one.deployed(checkpoint)
 
     def load(self, waiting: int, active: int) -> None:
         for one in self._listeners:

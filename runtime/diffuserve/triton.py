@@ -220,6 +220,7 @@ class TritonMetrics:
     def __init__(self) -> None:
         self._families: dict[str, Any] = {}
         self._series: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._lock = threading.Lock()
 
     def declare(self, metric: Metric, labels: tuple[str, ...]) -> None:
         self._one(metric, labels)
@@ -231,7 +232,12 @@ class TritonMetrics:
 
     def _one(self, metric: Metric, labels: tuple[str, ...]) -> Any:
         series = self._series.get((metric.name, labels))
-        if series is None:
+        return self._made(metric, labels) if series is None else series
+
+    def _made(self, metric: Metric, labels: tuple[str, ...]) -> Any:
+        with self._lock:  # a checkpoint that is new is declared by another thread than that which updates
+            if (metric.name, labels) in self._series:
+                return self._series[metric.name, labels]
             family = self._families.get(metric.name)
             if family is None:
                 kind = getattr(pb_utils.MetricFamily, metric.kind.upper())

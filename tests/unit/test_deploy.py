@@ -71,7 +71,7 @@ def test_compose_reserves_a_gpu_and_watches_the_server(service: dict[str, Any]) 
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
     assert service["shm_size"] == "1gb"
-    assert "/v2/health/ready" in service["healthcheck"]["test"][-1]
+    assert "/v2/models/diffusion/ready" in service["healthcheck"]["test"][-1]
     assert service["environment"] == {"DIFFUSERVE_SNAPSHOT_KEY": "${DIFFUSERVE_SNAPSHOT_KEY:-}"}
     (mount,) = service["volumes"]
     assert (mount["target"], mount["read_only"]) == ("/deployment", True)

@@ -265,7 +265,7 @@ def test_a_server_that_drains_takes_nothing_and_finishes_what_it_can(start: Star
     drain.join(20)
     assert not drain.is_alive()
     assert [event.kind for event in reply.events] == ["image"]
-    assert service.status() | {"stalled_s": 0} == {"state": "draining", "waiting": 0, "active": 0, "stalled_s": 0}
+    assert {"state": "draining", "waiting": 0, "active": 0}.items() <= service.status().items()
 
 
 @pytest.mark.parametrize("model", ["text_encoder", "unet", "vae_decoder"])

@@ -37,6 +37,19 @@ def test_what_is_added_is_found_and_what_is_removed_only_by_those_that_know_it(c
     assert told == [("third", True), ("first", False)]
 
 
+def test_what_is_forgotten_leaves_its_name_to_another_export(checkpoints: list[Checkpoint]) -> None:
+    registry, told = CheckpointRegistry(checkpoints[:1]), list[tuple[str, bool]]()
+    registry.listeners.append(lambda one, is_there: told.append((one.name, is_there)))
+    registry.add(checkpoints[1])
+    registry.forget("second")
+    assert "second" not in registry
+    other = Checkpoint.__new__(Checkpoint)
+    other.name, other.manifest = "second", replace(checkpoints[1].manifest, key="another")
+    registry.add(other)
+    assert registry.find("second") is other
+    assert told == [("second", True), ("second", False), ("second", True)]
+
+
 def test_the_last_one_stays_and_a_name_keeps_its_export(checkpoints: list[Checkpoint]) -> None:
     registry = CheckpointRegistry(checkpoints[:2])
     registry.remove("first")

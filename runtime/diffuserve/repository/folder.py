@@ -23,6 +23,7 @@ from diffuserve.repository.version import (
     check_name,
     path_problem,
 )
+from diffuserve.rollout import RolloutTable
 
 __all__ = [
     "CHANGEABLE",
@@ -39,7 +40,7 @@ __all__ = [
 #: In a folder that was pulled: the version's manifest.
 RECEIPT_FILE: Final = ".pulled.json"
 #: What may be written anew after a pull, as a checkpoint is exported into the folder or a rollout is decided.
-CHANGEABLE: Final = frozenset({Deployment.FILE})
+CHANGEABLE: Final = frozenset({Deployment.FILE, RolloutTable.FILE})
 
 _SUMS_FILE: Final = "SHA256SUMS"  # an export's, beside its manifest
 _LOCK_FILE: Final = ".lock"  # an export's, while it writes

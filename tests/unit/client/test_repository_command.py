@@ -65,7 +65,7 @@ def test_exit_codes(deployment: Path, tmp_path: Path) -> None:
     assert (missing.exit_code, missing.stdout) == (2, "")
     assert missing.stderr.startswith(f"diffuserve: {store} has no other")
     assert run("list", tmp_path / "nowhere").exit_code == 2
-    blob = next(path for path in (store / "blobs").rglob("*") if path.is_file())
+    blob = max((store / "blobs").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
     blob.write_bytes(b"")
     damaged = run("verify", store)
     assert damaged.exit_code == 1
