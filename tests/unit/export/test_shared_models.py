@@ -11,7 +11,7 @@ import pytest
 from diffuserve.manifest import Deployment
 from diffuserve_export.report import Report
 from diffuserve_export.shared_models import share_components
-from diffuserve_export.workspace import Workspace, locked_workspace, model_name
+from diffuserve_export.workspace import SUMS_FILE, Workspace, locked_workspace, model_name
 from unit.export.conftest import Exported
 
 
@@ -23,7 +23,11 @@ def deployment(exported: Exported, tmp_path: Path) -> Path:
 def export(workspace: Workspace, exported: Exported, name: str, changed: str = "", mark: str = "") -> None:
     """What an export of `name` does when the graphs are made, which are those of `tiny` but for one component."""
     with workspace.staging() as staging:
-        folder = shutil.copytree(exported.out / "checkpoints" / "tiny", staging / "checkpoints" / name)
+        folder = shutil.copytree(
+            exported.out / "checkpoints" / "tiny",
+            staging / "checkpoints" / name,
+            ignore=shutil.ignore_patterns(SUMS_FILE),
+        )
         components = {}
         for component, one in exported.manifest.components.items():
             model = shutil.copytree(
