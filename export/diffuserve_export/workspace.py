@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from diffuserve.spec import COMPONENTS
 from diffuserve_export.digests import FileHashes, write_atomically
 from diffuserve_export.errors import ExportError, OptionError
 from diffuserve_export.report import Report
-from diffuserve_export.shared_models import models_in_use
+from diffuserve_export.shared_models import CONFIG_HEADER, all_readable, models_in_use
 
 __all__ = ["SUMS_FILE", "Workspace", "locked_workspace", "model_name"]
 
@@ -32,7 +31,6 @@ _STAGING: Final = ".export-"
 _LOCK: Final = ".lock"
 _HASHES: Final = ".hashes.json"
 _READY: Final = "ready"
-_SHARED: Final = re.compile(r"_[0-9a-f]{8}$")
 
 
 def model_name(name: str, component: str) -> str:
@@ -120,11 +118,12 @@ class Workspace:
         (staging / _READY).unlink()
 
     def _retire_unused(self, retired: Path) -> None:
-        """Models that were shared by checkpoints of which none is as it was."""
+        """Exported models that no manifest names any more; none of them where a manifest cannot be read."""
+        if not all_readable(self.root):
+            return
         in_use = models_in_use(self.root)
         for config in (self.root / "models").glob("*/config.pbtxt"):
-            # What has a digest at its end was made for one of them alone; others go when their own checkpoint does.
-            if config.parent.name not in in_use and _SHARED.search(config.parent.name):
+            if config.parent.name not in in_use and config.read_text(encoding="utf-8").startswith(CONFIG_HEADER):
                 _retire(config.parent, retired)
 
     def recover(self, report: Report) -> None:

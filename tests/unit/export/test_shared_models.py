@@ -80,10 +80,15 @@ def test_a_new_version_takes_nothing_from_those_that_share_the_old_one(exported:
         assert named["other"]["vae_decoder"] == "tiny_vae_decoder"
         assert not (deployment / "models" / "tiny_vae_decoder" / "1" / "mark").exists()
         assert workspace.current("other", exported.manifest.key) is not None
+        # When nobody names it any more, it goes.
+        export(workspace, exported, "other", "vae_decoder", "feed")
+        assert models(deployment)["other"]["vae_decoder"] == "other_vae_decoder"
+        export(workspace, exported, "other")
+        assert models(deployment)["other"]["vae_decoder"] == "other_vae_decoder"
         # Back to what it was: the own one goes, and the common one is found again.
         export(workspace, exported, "tiny")
         named = models(deployment)
-        assert named["tiny"]["vae_decoder"] == named["other"]["vae_decoder"] == "tiny_vae_decoder"
+        assert named["tiny"]["vae_decoder"] == named["other"]["vae_decoder"] == "other_vae_decoder"
 
 
 def test_what_looks_equal_and_is_configured_otherwise_is_not_shared(exported: Exported, deployment: Path) -> None:
