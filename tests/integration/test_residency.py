@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,3 +92,20 @@ def test_an_idle_server_gives_its_memory_back_and_the_next_request_waits(
     assert are_alike(events[-1].data, expected)
     assert events[0].info["eta_ms"] > 100, "it says that it has to be loaded"
     assert 0.1 < events[-1].info["load_s"] <= events[-1].info["queued_s"]
+
+
+def test_metrics_tell_of_what_came_and_went(server: TritonServer, client: Client) -> None:
+    told = client.status()["checkpoints"]
+    time.sleep(1.2)  # two flushes
+    with urllib.request.urlopen(server.metrics_url) as response:
+        text = response.read().decode()
+    lines = [line.rpartition(" ") for line in text.splitlines() if line.startswith("diffuserve_")]
+    samples = {name: float(value) for name, _, value in lines}
+    for name in NAMES:
+        label = f'{{checkpoint="{name}"}}'
+        assert samples[f"diffuserve_loads_total{label}"] == told[name]["loads"]
+        assert samples[f"diffuserve_unloads_total{label}"] == told[name]["unloads"]
+        assert samples[f"diffuserve_load_seconds_count{label}"] == told[name]["loads"]
+        assert (samples[f"diffuserve_resident_bytes{label}"] > 0) == told[name]["resident"]
+    assert samples['diffuserve_loads_failed_total{checkpoint="broken"}'] >= 1
+    assert 0 < samples["diffuserve_memory_bytes"] <= client.status()["memory_budget"]
