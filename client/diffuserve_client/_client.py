@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator
 from contextlib import closing
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from diffuserve.errors import DrainingError, InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
@@ -130,6 +130,16 @@ class Client:
         from diffuserve_client._exchange import Exchange
 
         return self._connection.run(Exchange(request, url=self.url, timeout=self.timeout))
+
+    def status(self) -> dict[str, Any]:
+        """What the server is doing, and its checkpoints: docs/operations.md says what is in it.
+
+        Raises DiffuserveError; among them ConnectionFailedError.
+        """
+        from diffuserve_client._exchange import StatusExchange
+
+        with closing(self._connection.run(StatusExchange(url=self.url, timeout=self.timeout))) as events:
+            return dict(next(events).info)
 
     def close(self) -> None:
         """Hang up. Requests that run in other threads raise CancelledError; later ones RuntimeError."""

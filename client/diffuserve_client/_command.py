@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ from diffuserve_client._client import DEFAULT_URL, Client
 from diffuserve_client._doctor import DOCTOR_EXIT_CODES_HELP, doctor
 from diffuserve_client._exits import EXIT_CODES_HELP, complain, errors_as_exit_codes, exit_code
 from diffuserve_client._files import FORMAT_OF_SUFFIX, check_writable, numbered, write_atomically
+from diffuserve_client._models import models
 from diffuserve_client._repository import repository
 from diffuserve_client._rollout import rollout
 from diffuserve_client._timeout import Timeout
@@ -62,6 +64,14 @@ def main(
 app.command(epilog=DOCTOR_EXIT_CODES_HELP)(doctor)
 app.add_typer(repository, name="repository")
 app.add_typer(rollout, name="rollout")
+
+
+@app.command("models", epilog=EXIT_CODES_HELP)
+@wraps(models)
+def _models(**options: Any) -> None:
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    with errors_as_exit_codes():
+        models(**options)
 
 
 @app.command(epilog=EXIT_CODES_HELP)

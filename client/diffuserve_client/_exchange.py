@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -25,12 +26,21 @@ from diffuserve.errors import (
     from_wire,
 )
 from diffuserve.request import MAX_IMAGES, Event, GenerateRequest
-from diffuserve.wire import INPUTS, MODEL_NAME, OUTPUTS, WIRE_VERSION, decode_event, encode_request
+from diffuserve.wire import (
+    INPUTS,
+    MODEL_NAME,
+    OUTPUTS,
+    WIRE_VERSION,
+    Array,
+    decode_event,
+    encode_operation,
+    encode_request,
+)
 from diffuserve_client._errors import ConnectionFailedError
 from diffuserve_client._results import picture_event
 from diffuserve_client._timeout import Timeout
 
-__all__ = ["CHANNEL_OPTIONS", "Exchange", "connect_failure"]
+__all__ = ["CHANNEL_OPTIONS", "Exchange", "StatusExchange", "connect_failure"]
 
 CHANNEL_OPTIONS: Final = (
     # gRPC receives 4 MB by default, less than a large PNG.
@@ -69,11 +79,14 @@ class Exchange:
         message = service_pb2.ModelInferRequest(model_name=MODEL_NAME, model_version=str(WIRE_VERSION))
         # Tells a finished request from a stream that merely ended.
         message.parameters["triton_enable_empty_final_response"].bool_param = True
-        for name, array in encode_request(self._with_heartbeat()).items():
+        for name, array in self._tensors().items():
             is_bytes = _DATATYPES[name] == "BYTES"
             message.inputs.add(name=name, datatype=_DATATYPES[name], shape=array.shape)
             message.raw_input_contents.append(serialize_byte_tensor(array).item() if is_bytes else array.tobytes())
         return message
+
+    def _tensors(self) -> Mapping[str, Array]:
+        return encode_request(self._with_heartbeat())
 
     def receive(self, response: Any) -> Event | None:
         """Read one ModelStreamInferResponse; None where it only says that the request is done, or still lives.
@@ -175,6 +188,19 @@ class Exchange:
             f"(Triton: {text})",
             url=self._url,
         )
+
+
+class StatusExchange(Exchange):
+    """Asks how the server is, which is answered by one event."""
+
+    def __init__(self, *, url: str, timeout: Timeout) -> None:
+        super().__init__(GenerateRequest(prompt=""), url=url, timeout=timeout)
+
+    def _tensors(self) -> Mapping[str, Array]:
+        return {**encode_request(self._request), **encode_operation("status")}
+
+    def _finish(self) -> None:
+        self.finished = True
 
 
 def connect_failure(code: Any, details: str | None, *, url: str, timeout: Timeout) -> DiffuserveError:

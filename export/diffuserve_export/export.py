@@ -22,6 +22,7 @@ from diffuserve_export.options import QUANTIZED, TARGETS, ExportOptions
 from diffuserve_export.ports import row_range, size_range, vae_range
 from diffuserve_export.quantize import QuantizePlan, plan_quantization
 from diffuserve_export.report import Report
+from diffuserve_export.shared_models import share_components
 from diffuserve_export.sources import open_architecture, open_checkpoint, open_single_file, with_preview_vae
 from diffuserve_export.workspace import locked_workspace
 
@@ -118,7 +119,7 @@ def export_checkpoint(options: ExportOptions, report: Report | None = None) -> M
 
         try:
             with workspace.staging() as staging:
-                manifest = assemble(plan, key, staging, report)
+                manifest = share_components(options.out, staging, assemble(plan, key, staging, report))
                 workspace.seal(staging, plan.name)
                 workspace.publish(staging, plan.name)
         except OSError as error:

@@ -22,6 +22,7 @@ from diffuserve.spec import COMPONENTS
 from diffuserve_export.digests import FileHashes, write_atomically
 from diffuserve_export.errors import ExportError, OptionError
 from diffuserve_export.report import Report
+from diffuserve_export.shared_models import CONFIG_HEADER, all_readable, models_in_use
 
 __all__ = ["SUMS_FILE", "Workspace", "locked_workspace", "model_name"]
 
@@ -82,9 +83,14 @@ class Workspace:
             shutil.rmtree(folder, ignore_errors=True)
 
     def seal(self, staging: Path, name: str) -> None:
-        """Write down the hash of every staged file, in the format of `sha256sum --check` run in the deployment."""
-        files = sorted(path for path in staging.rglob("*") if path.is_file())
-        lines = [f"{self.hashes.sha256(path)}  {path.relative_to(staging).as_posix()}\n" for path in files]
+        """Write down the hash of every staged file, and of the deployment's models that its manifest names.
+
+        In the format of `sha256sum --check` run in the deployment.
+        """
+        shared = models_in_use(staging) - {path.name for path in (staging / "models").glob("*")}
+        folders = [(staging, staging), *((self.root, self.root / "models" / model) for model in sorted(shared))]
+        files = [(root, path) for root, folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+        lines = [f"{self.hashes.sha256(path)}  {path.relative_to(root).as_posix()}\n" for root, path in files]
         (staging / "checkpoints" / name / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
 
     def publish(self, staging: Path, name: str) -> None:
@@ -95,19 +101,30 @@ class Workspace:
         if manifest.exists():
             _retire(self.root / "checkpoints" / name, retired)
             sealed = (manifest / SUMS_FILE).read_text(encoding="utf-8")
+            in_use = models_in_use(self.root, but=name)
             for model in (model_name(name, component) for component in COMPONENTS):
-                if f"  models/{model}/" not in sealed:  # an earlier export may have had it
+                if f"  models/{model}/" not in sealed and model not in in_use:  # an earlier export may have had it
                     _retire(self.root / "models" / model, retired)
-        for folder in sorted((staging / "models").iterdir()):
+        for folder in sorted((staging / "models").glob("*")):
             _retire(self.root / "models" / folder.name, retired)
             _move(folder, self.root / "models" / folder.name)
         if manifest.exists():
             _move(manifest, self.root / "checkpoints" / name)
+        self._retire_unused(retired)
         deployment = self._deployment()
         names = deployment.checkpoints if deployment else ()
         if name not in names:
             write_atomically(self.root / Deployment.FILE, Deployment(self.root, (*names, name)).to_json())
         (staging / _READY).unlink()
+
+    def _retire_unused(self, retired: Path) -> None:
+        """Exported models that no manifest names any more; none of them where a manifest cannot be read."""
+        if not all_readable(self.root):
+            return
+        in_use = models_in_use(self.root)
+        for config in (self.root / "models").glob("*/config.pbtxt"):
+            if config.parent.name not in in_use and config.read_text(encoding="utf-8").startswith(CONFIG_HEADER):
+                _retire(config.parent, retired)
 
     def recover(self, report: Report) -> None:
         """Complete or remove what runs that were killed left behind."""

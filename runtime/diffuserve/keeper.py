@@ -160,6 +160,19 @@ class Keeper:
         if errors:
             raise errors[0]
 
+    def hold(self, name: str) -> bool:
+        """Keep a checkpoint's components from leaving until `let_go`, if they are there; whether they are."""
+        with self._changed:
+            if self._residency.is_open(name):
+                self._residency.hold(name, 1)
+                return True
+            return False
+
+    def let_go(self, name: str) -> None:
+        with self._changed:
+            self._residency.hold(name, -1)
+            self._changed.notify()
+
     def is_there(self, name: str) -> bool:
         """Whether a checkpoint's components are in memory."""
         with self._changed:

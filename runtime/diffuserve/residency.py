@@ -155,6 +155,10 @@ class Residency:
         else:
             one.waiting -= 1
 
+    def hold(self, name: str, count: int) -> None:
+        """Keep an open checkpoint in memory, or let go of it (-1), on nobody's behalf: that is no use of it."""
+        self._ones[name].users += count
+
     def is_open(self, name: str) -> bool:
         """Whether a checkpoint's components are in memory, and its requests may run."""
         return self._ones[name].open

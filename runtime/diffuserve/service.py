@@ -40,7 +40,7 @@ from diffuserve.first_latents import Given, begun
 from diffuserve.heartbeats import Heartbeats
 from diffuserve.images import encode_image, image_from_pixels
 from diffuserve.job import Job, Reply
-from diffuserve.keeper import Keeper, ModelControl, Stay, Unmanaged
+from diffuserve.keeper import Keeper, ModelControl, Unmanaged
 from diffuserve.lora.choice import lora_key
 from diffuserve.lora.folder import DEFAULT_BUDGET, LoraFolder
 from diffuserve.lora.room import AdapterRoom
@@ -331,14 +331,12 @@ class DiffusionService:
                 yield Trial(group, rows, run, partial(self._keeper.is_there, checkpoint.name))
 
     def _tried(self, name: str, run: Callable[[], object]) -> None:
-        """A trial is a user of its components as a request is."""
-        stay = Stay(name)
-        try:
-            self._keeper.enter(stay)
-            if stay.is_inside:
+        """A trial keeps the components that it calls, and is no use of them."""
+        if self._keeper.hold(name):
+            try:
                 run()
-        finally:
-            self._keeper.leave(stay)
+            finally:
+                self._keeper.let_go(name)
 
     def _ended(self, job: Job, outcome: str) -> None:
         with self._lock:

@@ -23,12 +23,14 @@ __all__ = [
     "OPERATIONS",
     "OUTPUTS",
     "WIRE_VERSION",
+    "Array",
     "Operation",
     "TensorSpec",
     "decode_event",
     "decode_operation",
     "decode_request",
     "encode_event",
+    "encode_operation",
     "encode_request",
 ]
 
@@ -124,6 +126,11 @@ def encode_request(request: GenerateRequest) -> dict[str, Array]:
         if field.default is MISSING or value != field.default:
             tensors[field.name] = _array(_INPUT_SPECS[field.name], value)
     return tensors
+
+
+def encode_operation(name: str) -> dict[str, Array]:
+    """The tensor that asks for an operation instead of pictures; `prompt` is empty beside it."""
+    return {"operation": _array(_INPUT_SPECS["operation"], name)}
 
 
 def decode_request(tensors: Mapping[str, Array], parameters: Mapping[str, Any] | None = None) -> GenerateRequest:

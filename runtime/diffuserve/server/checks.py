@@ -101,7 +101,7 @@ def component_models(deployment: Path) -> tuple[str, ...]:
 
 
 def models_at_start(options: ServerOptions, components: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the deployment's models, those that a server begins with: all, or what its memory budget allows.
+    """Of the deployment's models, those that a server begins with: all that manifests name, or what its budget allows.
 
     Raises ServerSetupError where the sharing options do not fit the deployment.
     """
@@ -117,7 +117,7 @@ def models_at_start(options: ServerOptions, components: tuple[str, ...]) -> tupl
             )
     budget = sharing.limits.budget
     if budget is None:
-        return components
+        return tuple(name for name in components if any(name in of_one for of_one in models.values()))
     pinned = {model: size for name in sharing.pinned for model, size in models[name].items()}
     if sum(pinned.values()) > budget:
         raise ServerSetupError(

@@ -94,6 +94,8 @@ def command_line(
         *(f"--load-model={name}" for name in models),
         # The exported configurations are complete; without this each Python model is started twice.
         "--disable-auto-complete-config",
+        # Components that left the memory come back when they are needed: the server is ready without them.
+        "--strict-readiness=false",
         # Stay up when a model fails, so that the repository index can say which and why.
         "--exit-on-error=false",
         f"--exit-timeout-secs={options.exit_timeout}",

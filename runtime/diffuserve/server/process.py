@@ -227,7 +227,9 @@ class TritonServer:
             reasons = "\n".join(f"{name}: {reason.strip()}" for name, reason in failed.items())
             summary = f"{len(failed)} of {len(self.launch.models)} models failed to load"
             raise ServerStartError(self._with_log(f"{summary}\n{reasons}"))
-        return bool(failed) or probe.is_ready()
+        if any(states.get(name, ("", ""))[0] == "LOADING" for name in self.launch.models):
+            return False  # which readiness, as this server is started, does not tell
+        return probe.is_ready()
 
     def _serves_without(self, failed: Mapping[str, str]) -> bool:
         """Whether a checkpoint is whole though these models failed; `unserved` has the others, with the reasons."""

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import diffuserve
+from diffuserve.request import Event
 from diffuserve_client import (
     CancelledError,
     Client,
@@ -36,7 +37,7 @@ from diffuserve_client import (
     _command,
 )
 from diffuserve_client._command import app, exit_code
-from unit.client.fake_triton import FakeTriton, answer, failure, picture, silence
+from unit.client.fake_triton import FakeTriton, answer, failure, picture, response, silence
 
 COMMAND = [sys.executable, "-m", "diffuserve_client"]
 
@@ -373,3 +374,35 @@ def test_a_terminal_shows_progress(fake: FakeTriton) -> None:
     assert fake.requests[0].progress_every == 1
     assert b"a [red] circle" in shown
     assert b"3/3" in shown
+
+
+STATUS: dict[str, Any] = {
+    "state": "serving",
+    "resident_bytes": 2_500_000_000,
+    "memory_budget": 4_000_000_000,
+    "checkpoints": {
+        "sd15": {"state": "resident", "bytes": 2_500_000_000, "pinned": True, "requests": 2, "waiting": 0}
+        | {"last_use_s": 3.2, "loads": 4, "unloads": 3, "load_s": 1.54, "weight": 2.0},
+        "broken[1]": {"state": "absent", "bytes": 1_000_000_000, "pinned": False, "requests": 0, "waiting": 1}
+        | {"last_use_s": None, "loads": 0, "unloads": 0, "load_s": 0.0, "weight": 1.0, "error": "no model.onnx"},
+    },
+}
+
+
+def test_models_are_listed_as_a_table_and_as_json(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    fake.script = lambda *_: iter([response(Event(kind="status", info=STATUS), final=True)])
+    result = run("models", "--json", "--url", fake.url)
+    assert (result.exit_code, json.loads(result.stdout)) == (0, STATUS)
+    assert fake.requests == [GenerateRequest(prompt="")]
+    shown = run("models", url=fake.url).stdout
+    for text in ("sd15", "resident, pinned", "2.50", "3 s ago", "1.5 s", "broken[1]", "never"):
+        assert text in shown
+    assert "2.50 GB are in memory of 4.00 GB" in shown
+    assert "broken[1]: no model.onnx" in shown
+
+
+def test_models_of_a_server_that_is_not_there_is_an_error_in_one_line() -> None:
+    result = run("models", "--url", "localhost:1")
+    assert result.exit_code == 3
+    assert len(result.stderr.splitlines()) == 1
