@@ -185,7 +185,8 @@ def still(before: dict[str, float], peaks: dict[str, float]) -> list[str]:
         assert set(series) <= set(before), "a series came late"
         return any(peaks[one] > before[one] for one in series)
 
-    return [metric.name for metric in METRICS if not moved(metric)]
+    # Those of LoRAs move where there are some: see test_loras_served.
+    return [one.name for one in METRICS if not one.name.startswith("diffuserve_lora") and not moved(one)]
 
 
 def test_the_samples_agree_with_each_other(watched: Watched) -> None:
