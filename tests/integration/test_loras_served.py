@@ -20,7 +20,7 @@ import torch
 
 from diffuserve.manifest import Deployment
 from diffuserve.server import ServerOptions, TritonServer
-from diffuserve_client import Client, DiffuserveError, InvalidArgumentError, NotFoundError
+from diffuserve_client import Client, DiffuserveError, GenerateRequest, InvalidArgumentError, NotFoundError
 from integration.family_cases import difference
 from integration.lora_cases import LoraCase, factors_of, kohya, named_by_diffusers, pictured, put_lora
 from integration.test_telemetry import open_url
@@ -109,7 +109,7 @@ def test_a_file_that_is_dropped_is_usable_within_two_seconds(
         client_of_loras.generate("a circle", loras=["dropped"])
     put_lora(loras, "dropped", named_by_diffusers(factors))
     begun = time.monotonic()
-    events = client_of_loras.stream("a circle", loras=["dropped"], steps=2, progress_every=1)
+    events = client_of_loras.stream(GenerateRequest(prompt="a circle", loras=["dropped"], steps=2, progress_every=1))
     assert next(iter(events)).kind == "queued"
     assert time.monotonic() - begun < 2
     digest = [event.info["lora_files"][0]["digest"] for event in events if event.kind == "image"]

@@ -211,7 +211,7 @@ def test_forecasts_know_how_many_adapters_a_call_takes() -> None:
         known.observe(GROUPS[0], rows, 1.0)
     demands = [Demand(GROUPS[0], 2, 3, adapter=(name,)) for name in ("a", "b", "a", "c")] + [Demand(GROUPS[0], 2, 3)]
     policy = make_policy(16, costs=known, efficiency=None, max_adapters=lambda group: 1)
-    ends = [forecast(demands, policy.calls_of, [one], policy.adapter_cap).latest for one in demands]
+    ends = [forecast(demands, policy.calls_of, [one], None, policy.adapter_cap).latest for one in demands]
     assert ends == [3.0, 6.0, 3.0, 9.0, 3.0]
     assert forecast(demands, policy.calls_of, demands).latest == 3.0
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from diffuserve.admission import Admission
+from diffuserve.components import InProcessRunner
 from diffuserve.engine import StepCosts, StepPolicy
 from diffuserve.errors import CancelledError, InvalidArgumentError, NotFoundError
 from diffuserve.lora import folder as module
@@ -40,10 +41,9 @@ class AdaptedModels(FakeModels):
         self.stacks: list[torch.Tensor] = []
         self.encoded: list[int] = []
 
-    def runner(self) -> Any:
-        runner = super().runner()
-        runner._models["text_encoder"] = self.read
-        return runner
+    def runner(self) -> InProcessRunner:
+        models = {"text_encoder": self.read, "unet": self.unet, "vae_decoder": self.decode, "vae_encoder": self.encode}
+        return InProcessRunner(models)
 
     def read(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         self.encoded.append(len(inputs["input_ids"]))

@@ -123,8 +123,13 @@ def test_a_file_that_is_being_written_is_waited_for(root: Path, monkeypatch: pyt
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(write)
-        waits = module.time.sleep
-        monkeypatch.setattr(module.time, "sleep", lambda seconds: (begun.set(), waits(seconds)))
+        waits = time.sleep
+
+        def wait(seconds: float) -> None:
+            begun.set()
+            waits(seconds)
+
+        monkeypatch.setattr(time, "sleep", wait)
         file = LoraFolder(root).get("style", "shapes")
     (found,) = file.modules.values()
     assert torch.equal(found.up, tensors_of()[f"unet.{TO_Q}.lora_B.weight"])
@@ -134,9 +139,9 @@ def test_one_that_is_written_without_an_end_is_refused(root: Path, monkeypatch: 
     monkeypatch.setattr(module, "_SETTLED_S", 0.2)
     monkeypatch.setattr(module, "_PATIENCE_S", 0.1)
     path = put(root, "style")
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: os.utime(path) if seconds < 0.15 else None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: os.utime(path) if seconds < 0.15 else None)
     now = time.time()
-    monkeypatch.setattr(module.time, "time", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: now)
     os.utime(path, (now, now))
     with pytest.raises(InvalidArgumentError, match="is being written; ask again when it is whole"):
         LoraFolder(root).get("style", "shapes")
