@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,25 @@ def server(deployment: Path, embeddings: Path, tmp_path_factory: pytest.TempPath
     with TritonServer(with_snapshot_key(options)) as running:
         running.wait_ready()
         yield running
+
+
+@pytest.fixture(scope="session")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the shapes checkpoint's own LoRAs, to which tests may add."""
+    folder = tmp_path_factory.mktemp("registry") / "loras"
+    folder.mkdir()
+    for path in (ROOT / "checkpoints" / "shapes-loras").glob("*.safetensors"):
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lora_deployment(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The shapes checkpoint as `sd15`, with adapters of rank 8; made once, and again when it or the export changes."""
+    from integration.families import Families, exported_families
+
+    families, out = Families(tmp_path_factory.mktemp("with-loras")), ROOT / "build" / "deployments" / "lora"
+    return exported_families(families, ["sd15"], out, deployment, lora_rank=8)
 
 
 @pytest.fixture(scope="session")

@@ -179,12 +179,14 @@ class Families:
         return pipeline
 
 
-def exported_families(families: Families, names: Sequence[str], out: Path, shapes: Path) -> Deployment:
+def exported_families(
+    families: Families, names: Sequence[str], out: Path, shapes: Path, *, lora_rank: int = 0
+) -> Deployment:
     """Export checkpoints into the deployment `out`, where they are not there already.
 
     `shapes` is the shapes checkpoint's deployment, whose graphs are not made again.
     """
-    return _deployed(families, names, out, _shared_graphs(shapes, families.root / "graphs"))
+    return _deployed(families, names, out, _shared_graphs(shapes, families.root / "graphs"), lora_rank)
 
 
 def torch_families(
@@ -264,7 +266,7 @@ def _shared_graphs(shapes: Path, store: Path) -> Callable[..., Graph]:
         known[_identity(opened, component, "fp32")] = float32_graph(opened, component, path)
 
     def graph(plan: Any, component: str, path: Path, report: Any) -> Graph:
-        identity = _identity(plan.checkpoint, component, plan.precisions[component])
+        identity = _identity(plan.checkpoint, component, plan.precisions[component], plan.lora_rank)
         if identity not in known:
             made = graphs.graph_from_component(plan, component, path, report)
             known[identity] = replace(made, path=shutil.copyfile(path, store / f"{len(known)}.onnx"))
@@ -275,7 +277,7 @@ def _shared_graphs(shapes: Path, store: Path) -> Callable[..., Graph]:
     return graph
 
 
-def _identity(checkpoint: Checkpoint, component: str, precision: str) -> tuple[str, ...]:
+def _identity(checkpoint: Checkpoint, component: str, precision: str, lora_rank: int = 0) -> tuple[str, ...]:
     names = [part_of(component), *([CONTROLNET] if component == UNET and CONTROLNET in checkpoint.parts else [])]
     layers = (checkpoint.family.hidden_layer, checkpoint.clip_skip) if component in checkpoint.family.encoders else ()
     digest = hashlib.sha256()
@@ -283,4 +285,5 @@ def _identity(checkpoint: Checkpoint, component: str, precision: str) -> tuple[s
         digest.update(json.dumps(dict(part.config), sort_keys=True).encode())
         for file in part.files:
             digest.update(file.read_bytes())
-    return component, precision, str(layers), digest.hexdigest()
+    takes_adapters = lora_rank and component in (UNET, *checkpoint.family.encoders)
+    return component, precision, str(layers), str(takes_adapters and lora_rank), digest.hexdigest()

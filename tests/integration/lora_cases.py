@@ -100,11 +100,12 @@ class LoraCase:
     guidance: float = 4.0
     seed: int = 3
     steps: int = 6
+    prompt: str = PROMPT
 
     @property
     def request(self) -> GenerateRequest:
         return GenerateRequest(
-            prompt=PROMPT,
+            prompt=self.prompt,
             negative_prompt=self.negative,
             checkpoint=self.family,
             guidance_scale=self.guidance,
@@ -125,7 +126,7 @@ def pictured(pipeline: Any, case: LoraCase, files: Mapping[str, Path]) -> Any:
     if choices:
         pipeline.set_adapters([one.name for one in choices], [one.weight for one in choices])
     picture = pipeline(
-        PROMPT,
+        case.prompt,
         negative_prompt=case.negative or None,
         num_inference_steps=case.steps,
         guidance_scale=case.guidance,

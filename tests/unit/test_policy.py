@@ -65,6 +65,7 @@ class World:
         assert rows <= step.rows <= self.policy.max_rows(group)
         buckets = self.policy.row_buckets(group)
         assert not buckets or step.rows in buckets
+        assert len({one.adapter for one in step.chosen if one.adapter}) <= self.policy.adapter_cap(group)
         for candidate in step.chosen:
             self._count(candidate)
         seconds = self.policy.costs.seconds(group, step.rows)
@@ -96,16 +97,19 @@ def crowds(draw: st.DrawFn, most: int = 24) -> list[Candidate]:
             remaining=draw(st.integers(1, 12)),
             priority=draw(st.integers(-2, 2)),
             tag=draw(st.sampled_from(("", "shop", "boards"))),
+            adapter=draw(st.sampled_from(((), (), ("a",), ("b",), ("c",), ("a", "b")))),
         )
         for key in range(1, draw(st.integers(0, most)) + 1)
     ]
 
 
-@given(crowds(), st.sampled_from((2, 3, 8, 16)), st.sampled_from(((), BUCKETS)))
+@given(crowds(), st.sampled_from((2, 3, 8, 16)), st.sampled_from(((), BUCKETS)), st.sampled_from((0, 1, 2, 9)))
 @settings(max_examples=60)
-def test_every_image_gets_exactly_its_steps(crowd: list[Candidate], max_rows: int, buckets: tuple[int, ...]) -> None:
+def test_every_image_gets_exactly_its_steps(
+    crowd: list[Candidate], max_rows: int, buckets: tuple[int, ...], adapters: int
+) -> None:
     fitting = tuple(bucket for bucket in buckets if bucket <= max_rows)
-    world = World(make_policy(max_rows, row_buckets=lambda group: fitting))
+    world = World(make_policy(max_rows, row_buckets=lambda group: fitting, max_adapters=lambda group: adapters))
     world.add(*crowd)
     while world.step():
         pass
@@ -117,7 +121,7 @@ def test_every_image_gets_exactly_its_steps(crowd: list[Candidate], max_rows: in
 @settings(max_examples=30)
 def test_none_starves_whatever_keeps_coming(crowd: list[Candidate]) -> None:
     """An endless stream of short, important requests fills every call; the others are stepped all the same."""
-    policy = make_policy(4, ageing=1.0)
+    policy = make_policy(4, ageing=1.0, max_adapters=lambda group: 1)
     world = World(policy)
     world.add(*crowd)
     rivals = iter(range(1000, 5000))
@@ -192,6 +196,24 @@ def test_a_newcomer_is_in_the_next_call() -> None:
         world.step()
     world.add(one(99, remaining=4))
     assert 99 in world.step()
+
+
+def test_images_without_or_with_the_same_adapter_pass_those_that_find_no_room() -> None:
+    world = World(make_policy(16, efficiency=None, max_adapters=lambda group: 2))
+    adapters = [("a",), ("b",), ("c",), (), ("a",), ("c",), ()]
+    world.add(*(one(key, remaining=5 + key, adapter=adapter) for key, adapter in enumerate(adapters, start=1)))
+    assert world.step() == (1, 2, 4, 5, 7)
+
+
+def test_forecasts_know_how_many_adapters_a_call_takes() -> None:
+    known = StepCosts()
+    for rows in (1, 16):
+        known.observe(GROUPS[0], rows, 1.0)
+    demands = [Demand(GROUPS[0], 2, 3, adapter=(name,)) for name in ("a", "b", "a", "c")] + [Demand(GROUPS[0], 2, 3)]
+    policy = make_policy(16, costs=known, efficiency=None, max_adapters=lambda group: 1)
+    ends = [forecast(demands, policy.calls_of, [one], None, policy.adapter_cap).latest for one in demands]
+    assert ends == [3.0, 6.0, 3.0, 9.0, 3.0]
+    assert forecast(demands, policy.calls_of, demands).latest == 3.0
 
 
 def test_priority_is_obeyed_until_age_makes_up_for_it() -> None:

@@ -10,8 +10,11 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
 from diffuserve.engine import HIDDEN_STATES, Group, LatentPool, Masked, Track
+from diffuserve.lora.packing import Adapter
+from diffuserve.lora.stack import AdapterStack
 from diffuserve.sampling import SAMPLERS, TrajectoryCompiler, make_scheduler
-from unit.fakes import SCHEDULER
+from unit.fakes import SCHEDULER, component
+from unit.lora.files import LAYOUTS, adapted
 
 SHAPE = (4, 6, 8)
 COMPILER = TrajectoryCompiler(SCHEDULER)
@@ -211,3 +214,38 @@ def test_predictions_of_masked_pictures_keep_what_is_put_back(is_told: bool) -> 
     masked, predicted = Masked(mask, latents, None if is_told else torch.zeros(SHAPE)), torch.full(SHAPE, 7.0)
     kept = predicted if is_told else latents
     assert torch.equal(masked.around(predicted), torch.where(mask, predicted, kept))
+
+
+def adapted_denoise(
+    sample: torch.Tensor, timestep: torch.Tensor, conditioning: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """As `denoise`, and each row's adapter takes part."""
+    told = conditioning["lora"][conditioning["lora_index"]].mean(dim=1)
+    return denoise(sample, timestep, conditioning) + told[:, None, None, None]
+
+
+def test_rows_with_different_adapters_and_without_do_not_notice_each_other() -> None:
+    unet = adapted(component("unet"), LAYOUTS["unet"])
+    vectors = {value: torch.full((LAYOUTS["unet"].size,), value) for value in (0.1, -0.2)}
+    adapters = [Adapter((("a", value, False),), {"unet": one}, 0.0) for value, one in vectors.items()]
+
+    def tracks() -> list[Track]:
+        chosen = [adapters[0], None, adapters[1], adapters[0]]
+        return [make_track(seed, rows=1 + seed % 2, adapter=one) for seed, one in enumerate(chosen)]
+
+    def stepped(some: list[Track], padding: int = 0) -> list[torch.Tensor]:
+        pool = LatentPool(adapters=AdapterStack(unet))
+        for track in some:
+            pool.join(track)
+        while not some[0].is_done:
+            pool.step(some, adapted_denoise, sum(track.rows for track in some) + padding)
+        return [pool.leave(track)[0] for track in some]
+
+    together, left = stepped(tracks(), padding=2), tracks()
+    for one, track in zip(together, tracks(), strict=True):
+        assert torch.allclose(one, stepped([track])[0], atol=1e-5)
+    plain = stepped([make_track(seed, rows=1 + seed % 2) for seed in range(4)])
+    changed = [not torch.allclose(one, other, atol=1e-3) for one, other in zip(together, plain, strict=True)]
+    assert changed == [True, False, True, True]
+    stepped(left)
+    assert [track.adapter for track in left] == [None] * 4, "let go of"

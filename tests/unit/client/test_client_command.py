@@ -65,6 +65,14 @@ def test_it_writes_the_picture_and_says_so(fake: FakeTriton, tmp_path: Path) -> 
     assert fake.requests == [GenerateRequest(prompt="a red circle")], "no progress where nobody looks"
 
 
+def test_loras_are_as_many_options(fake: FakeTriton, tmp_path: Path) -> None:
+    result = run("generate", "a", "--lora", "night:0.5", "--lora", "bar", "-o", "a.png", url=fake.url)
+    assert result.exit_code == 0, result.output
+    assert fake.requests == [GenerateRequest(prompt="a", loras=("night:0.5", "bar"))]
+    result = run("generate", "a", "--lora", "../night", "-o", "a.png", url=fake.url)
+    assert (result.exit_code, "no path" in result.output) == (2, True)
+
+
 def test_pictures_are_read_and_sent(fake: FakeTriton, tmp_path: Path) -> None:
     (tmp_path / "in.png").write_bytes(b"a picture")
     (tmp_path / "mask.png").write_bytes(b"a mask")
