@@ -58,7 +58,7 @@ accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engine
 
 accept-sharing: $(INSTALLED) ## LoRAs, ControlNets, checkpoints that share a server, rollouts, stored deployments, full-size SD1.5 with LoRA [ONLY=control WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") tests/acceptance/test_sharing.py \
-		tests/acceptance/test_control.py tests/acceptance/test_loras.py \
+		tests/acceptance/test_control.py tests/acceptance/test_loras.py tests/acceptance/test_lora_graphs.py \
 		tests/acceptance/test_rollout.py tests/acceptance/test_killed_transfers.py tests/acceptance/test_lora_full_size.py
 
 check: $(INSTALLED) ## Formatting, lint, types, and generated files that must not drift

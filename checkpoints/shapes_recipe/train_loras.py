@@ -33,8 +33,6 @@ from shapes_recipe.world import Scene, all_scenes, bar_scenes, by_night, render,
 RANK: Final = 4
 #: Of kohya's file: what its layers do is multiplied by ALPHA / RANK.
 ALPHA: Final = 2
-PICTURES: Final = 800
-STEPS: Final = 300
 BATCH: Final = 16
 LEARNING_RATE: Final = 3e-3
 WARMUP: Final = 20
@@ -48,21 +46,29 @@ TEXT_LAYERS: Final = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A LoRA: its name, what is said and shown, and whether the text encoder learns as well."""
+    """A LoRA: its name, what is said and shown, and whether the text encoder learns as well.
+
+    It is trained on as many `pictures`, over as many `steps`.
+    """
 
     name: str
     scenes: tuple[tuple[str, Scene], ...]
     alpha: int
     trains_text: bool
+    pictures: int
+    steps: int
 
 
 def recipes() -> dict[str, Recipe]:
     nights = [(scene.caption, night) for scene in trained_scenes() if (night := by_night(scene))]
     bars = [(scene.caption, scene) for scene in bar_scenes()]
     known = [(scene.caption, scene) for scene in all_scenes()]
-    kept = known[:: max(1, round(len(known) * (1 - KNOWN_SHARE) / KNOWN_SHARE / len(bars)))]
-    kept = kept[: round(len(bars) * KNOWN_SHARE / (1 - KNOWN_SHARE))]
-    found = (Recipe("night", tuple(nights), ALPHA, False), Recipe("bar", (*bars, *kept), RANK, True))
+    wanted = round(len(bars) * KNOWN_SHARE / (1 - KNOWN_SHARE))
+    kept = known[:: len(known) // wanted][:wanted]
+    found = (
+        Recipe("night", tuple(nights), ALPHA, False, 800, 300),
+        Recipe("bar", (*bars, *kept), RANK, True, 1600, 900),
+    )
     return {recipe.name: recipe for recipe in found}
 
 
@@ -75,11 +81,11 @@ def adapted(model: Any, layers: Sequence[str], alpha: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def latents_of(vae: Any, scenes: Sequence[tuple[str, Scene]], rng: np.random.Generator) -> tuple[list[str], Tensor]:
+def latents_of(vae: Any, recipe: Recipe, rng: np.random.Generator) -> tuple[list[str], Tensor]:
     """Captions, and the scaled latents of their pictures."""
-    chosen = [scenes[index] for index in rng.integers(len(scenes), size=PICTURES)]
+    chosen = [recipe.scenes[index] for index in rng.integers(len(recipe.scenes), size=recipe.pictures)]
     made = []
-    for start in range(0, PICTURES, 50):
+    for start in range(0, recipe.pictures, 50):
         drawn = [render(scene, MAIN_SIZE, MAIN_SIZE, rng) for _, scene in chosen[start : start + 50]]
         pictures = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) * 2 - 1
         made.append(vae.encode(pictures).latent_dist.mode() * vae.config.scaling_factor)
@@ -96,16 +102,16 @@ def train(checkpoint: Path, recipe: Recipe) -> Any:
     if recipe.trains_text:
         parameters += adapted(pipeline.text_encoder, TEXT_LAYERS, recipe.alpha)
     rng = np.random.default_rng([SEED, 4])
-    captions, latents = latents_of(pipeline.vae, recipe.scenes, rng)
+    captions, latents = latents_of(pipeline.vae, recipe, rng)
     ids = pipeline.tokenizer(
         [*captions, ""], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
     schedule = DDPMScheduler(**SCHEDULER)
     optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
     rates = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / WARMUP, 1 - max(0, step - WARMUP) / STEPS)
+        optimiser, lambda step: min((step + 1) / WARMUP, 1 - max(0, step - WARMUP) / recipe.steps)
     )
-    for step in range(STEPS):
+    for step in range(recipe.steps):
         loss = _loss(pipeline, schedule, latents, ids, rng)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

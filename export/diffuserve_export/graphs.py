@@ -39,7 +39,7 @@ from diffuserve_export.verify import (
 if TYPE_CHECKING:
     from diffuserve_export.export import Plan
 
-__all__ = ["Graph", "graph_from_component"]
+__all__ = ["Graph", "graph_from_component", "layout_for"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def graph_from_component(plan: Plan, component: str, path: Path, report: Report)
     islands = _islands(module, component, plain, whole, report)
     precision = "fp32" if islands.whole else whole
     ports = ports_of(checkpoint, {component: precision})[component]
-    lora = _layout(plan, module, component, precision)
+    lora = layout_for(plan, module, component, precision)
     quantized = quantized_unet(plan, module, islands.modules, report) if wanted in QUANTIZED else None
     module = quantized.module if quantized else module
     if lora:
@@ -105,8 +105,8 @@ def graph_from_component(plan: Plan, component: str, path: Path, report: Report)
     return Graph(path, ports, wanted, names, verdict(path, ports, report), lora=lora)
 
 
-def _layout(plan: Plan, module: nn.Module, component: str, precision: str) -> LoraLayout | None:
-    """None where the component takes no adapters."""
+def layout_for(plan: Plan, module: nn.Module, component: str, precision: str) -> LoraLayout | None:
+    """Of the adapters that `module` is to take, in that precision; None where it takes none."""
     if not plan.lora_rank or component not in (UNET, *plan.checkpoint.family.encoders):
         return None
     return lora_layout(module, plan.lora_rank, plan.rows.max, DTYPES[precision].itemsize)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ from diffuserve.engine_files import read_facts
 from diffuserve.lora import LoraLayout
 from diffuserve.lora.layout import LORA, LORA_INDEX
 from diffuserve.profiles import Range
-from diffuserve.spec import UNET, VAE_DECODER
+from diffuserve.spec import UNET
 from diffuserve_export import ExportOptions, OptionError
 from diffuserve_export.engines import EngineOptions, EngineRequest, engine_from_onnx
 from diffuserve_export.engines.device import builder_version
 from diffuserve_export.engines.profiles import ShapeRanges, engine_profiles
 from diffuserve_export.export import Plan, plan_export
-from diffuserve_export.graphs import Graph, graph_from_component
+from diffuserve_export.graphs import Graph, graph_from_component, layout_for
 from diffuserve_export.lora import MOST_BYTES, add_lora, lora_layout, most_adapters
 from diffuserve_export.modules import module_of
 from diffuserve_export.ports import ports_of, with_lora
@@ -183,24 +182,11 @@ def test_an_engine_is_built_for_it(half: Graph, tmp_path: Path) -> None:
     assert not profile.takes({"rows": 8, "adapters": 66})
 
 
-def test_quantized_layers_keep_adapters_beside_them(lora_plans: Callable[..., Plan], tmp_path: Path) -> None:
-    plan = lora_plans("sd15", target="tensorrt-rtx", precision="int8", engine=EngineOptions(compute_capability="89"))
-    assert plan.quantize is not None
-    few = replace(plan.quantize, calibration=plan.quantize.calibration[:2], steps=2, pictures=1, gate=1.0)
-    graph, report = export(replace(plan, quantize=few), UNET, tmp_path)
-    assert graph.quantization is not None
-    assert graph.quantization.pictures == 1
-    assert graph.lora is not None
-    assert {one.path for one in graph.lora.targets} & {
-        name.removeprefix("model.") for names in graph.quantization.layers.values() for name in names
-    }
-    assert all(one.error < TOLERANCE["int8"] for one in report.results)
-
-
-def test_only_unet_and_text_encoders_take_adapters(lora_plans: Callable[..., Plan], tmp_path: Path) -> None:
-    graph, _ = export(lora_plans("sd15"), VAE_DECODER, tmp_path)
-    assert graph.lora is None
-    assert LORA not in [one.name for one in graph.ports[0]]
+def test_only_unet_and_text_encoders_take_adapters(lora_plans: Callable[..., Plan]) -> None:
+    plan = lora_plans("sdxl")
+    for component in plan.checkpoint.components:
+        layout = layout_for(plan, module_of(plan.checkpoint, component), component, "fp16")
+        assert (layout is None) == component.startswith("vae")
 
 
 def test_the_rank_is_part_of_what_an_export_is_known_by(lora_plans: Callable[..., Plan]) -> None:
