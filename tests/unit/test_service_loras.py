@@ -295,7 +295,7 @@ def test_files_are_read_beside_tritons_thread(service: DiffusionService) -> None
         service.submit(request, reply)
 
     refusals = list[Exception]()
-    admission = Admission(submit, lambda reply, request_id, error: refusals.append(error))
+    admission = Admission(submit, lambda reply, request_id, error: refusals.append(error), service.heartbeats)
     reply = Recorder()
     admission.submit(GenerateRequest(prompt="a", steps=1, loras=("a",)), reply, request_id="", trace=None)
     admission.submit(GenerateRequest(prompt="a", loras=("gone",)), Recorder(), request_id="", trace=None)
