@@ -83,7 +83,7 @@ def test_busy_checkpoints_get_their_weights_of_the_engines_time(several: Deploym
 
 
 def test_a_brief_request_waits_for_two_calls_of_a_long_batch_at_most(several: Deployment, tmp_path: Path) -> None:
-    """From when its latents are ready: the call under way, and one between its own steps."""
+    """The call under way when its latents are ready, and one more before its own last step."""
     with serving(several, tmp_path, SharingOptions()) as (server, client, log), ThreadPoolExecutor(8) as threads:
         for name in "ab":
             client.generate(asked(name))
@@ -102,8 +102,8 @@ def test_a_brief_request_waits_for_two_calls_of_a_long_batch_at_most(several: De
         longest = max(one["seconds"] for one in calls(log) if one["model"] == "b_unet")
         waited = (join_wait(server) - waited) / len(between)
     print(  # noqa: T201
-        f"\ncalls of the other checkpoint between the first and the last of four steps: {between}; the first waited for "
-        f"{1000 * waited:.0f} ms on average, and the longest call of the other took {1000 * longest:.0f} ms"
+        f"\ncalls of the other checkpoint between the first and the last of four steps: {between}; after the call under way "
+        f"the first waited for {1000 * waited:.0f} ms on average, and the longest call of the other took {1000 * longest:.0f} ms"
     )
     assert max(between) <= 1
     assert waited <= longest
