@@ -102,8 +102,8 @@ def test_a_brief_request_waits_for_two_calls_of_a_long_batch_at_most(several: De
         longest = max(one["seconds"] for one in calls(log) if one["model"] == "b_unet")
         waited = (join_wait(server) - waited) / len(between)
     print(  # noqa: T201
-        f"\ncalls of the other checkpoint between the first and the last of four steps: {between}; after the call under way "
-        f"the first waited for {1000 * waited:.0f} ms on average, and the longest call of the other took {1000 * longest:.0f} ms"
+        f"\ncalls of the other checkpoint between the first and the last of 4 steps: {between}; the first waited for "
+        f"{1000 * waited:.0f} ms beyond the call under way; the longest of the other took {1000 * longest:.0f} ms"
     )
     assert max(between) <= 1
     assert waited <= longest
