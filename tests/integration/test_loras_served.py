@@ -158,7 +158,7 @@ def _bad_files(folder: Path, deployment: Deployment) -> None:
 
 BAD: Mapping[str, tuple[type[DiffuserveError], str]] = {
     "bad-nan": (InvalidArgumentError, "values that are not finite, or beyond 10000, for (unet|text_encoder)"),
-    "bad-family": (InvalidArgumentError, r"does not fit sd15: .*widths: (unet|text_encoder|down|text)\S*"),
+    "bad-family": (InvalidArgumentError, r"does not fit sd15: .*of other widths: \S+ \(\d+ to \d+, and not"),
     "bad-xl": (InvalidArgumentError, r"does not fit sd15: .*layers that no adapter .*text_encoder_2\.encoder"),
     "bad-conv": (InvalidArgumentError, r"\(LoCon\).*conv_in"),
     "bad-rank": (InvalidArgumentError, "need a rank of 16 together, and .* was exported with 8; .*bad-rank:1:truncate"),
