@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,11 +53,22 @@ def server(deployment: Path, embeddings: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="session")
 def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the shapes checkpoint's own LoRAs, to which tests may add."""
+    """A folder with the shapes checkpoint's own LoRAs, to which tests may add.
+
+    Their names are all of one kind: of a file that mixes `lora_A` with `lora.down`, diffusers leaves layers out.
+    """
+    from safetensors.torch import load_file
+
+    from integration.lora_cases import put_lora
+
+    def name(key: str) -> str:
+        for old in (".lora_linear_layer.", ".lora."):
+            key = key.replace(f"{old}down.", ".lora_A.").replace(f"{old}up.", ".lora_B.")
+        return key
+
     folder = tmp_path_factory.mktemp("registry") / "loras"
-    folder.mkdir()
     for path in (ROOT / "checkpoints" / "shapes-loras").glob("*.safetensors"):
-        shutil.copy(path, folder)
+        put_lora(folder, path.stem, {name(key): tensor for key, tensor in load_file(path).items()})
     return folder
 
 
