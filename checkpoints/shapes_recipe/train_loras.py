@@ -20,7 +20,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -137,9 +136,10 @@ def _loss(pipeline: Any, schedule: Any, latents: Tensor, ids: Tensor, rng: np.ra
 
 
 def state_of(model: Any) -> dict[str, Tensor]:
-    """An adapter's factors, with diffusers' names."""
-    state: dict[str, Tensor] = convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
-    return {name: value.contiguous().half() for name, value in state.items()}
+    """An adapter's factors, with PEFT's names, below `text_model.` as files have them of a text encoder."""
+    state = get_peft_model_state_dict(model)
+    prefix = "text_model." if any(name.startswith("encoder.layers.") for name in state) else ""
+    return {f"{prefix}{name}": value.contiguous().half() for name, value in state.items()}
 
 
 def save(pipeline: Any, recipe: Recipe, path: Path) -> None:
@@ -157,17 +157,12 @@ def save(pipeline: Any, recipe: Recipe, path: Path) -> None:
 
 
 def kohya_state(unet: dict[str, Tensor], alpha: int) -> dict[str, Tensor]:
-    """`down_blocks.0.proj_in.lora.down.weight` -> `lora_unet_down_blocks_0_proj_in.lora_down.weight`, and alphas."""
+    """`down_blocks.0.proj_in.lora_A.weight` -> `lora_unet_down_blocks_0_proj_in.lora_down.weight`, and alphas."""
     named = dict[str, Tensor]()
     for name, value in unet.items():
-        layer, _, side = (
-            name.removesuffix(".weight")
-            .replace(".lora_A", ".lora.down")
-            .replace(".lora_B", ".lora.up")
-            .partition(".lora.")
-        )
+        layer, _, factor = name.removesuffix(".weight").partition(".lora_")
         module = "lora_unet_" + layer.replace(".", "_")
-        named[f"{module}.lora_{side}.weight"] = value
+        named[f"{module}.lora_{'down' if factor == 'A' else 'up'}.weight"] = value
         named[f"{module}.alpha"] = torch.tensor(float(alpha), dtype=torch.float16)
     return named
 
