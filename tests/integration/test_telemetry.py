@@ -163,8 +163,8 @@ def test_every_metric_of_the_table_moves_under_load(watched: Watched) -> None:
         done = [pool.submit(client.generate, SECRET, steps=50, width=160, height=160, num_images=4)]
         assert eventually(lambda: peaks.get("diffuserve_requests_active"))
         done += [pool.submit(client.generate, f"{SECRET} {i}", steps=8, seed=i, priority=-50) for i in range(6)]
-            # Before there is another request of their size, whose calls they would fill up.
-            assert eventually(lambda: peaks.get("diffuserve_requests_waiting"))
+        # Before there is another request of their size, whose calls they would fill up.
+        assert eventually(lambda: peaks.get("diffuserve_requests_waiting"))
         with pytest.raises(InvalidArgumentError):
             client.generate(SECRET, width=63)
         stream = client.stream(GenerateRequest(prompt=SECRET, steps=150, progress_every=1))
