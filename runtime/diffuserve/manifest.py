@@ -307,6 +307,17 @@ class Deployment:
     def manifest(self, checkpoint: str) -> Manifest:
         return Manifest.from_json((self.folder(checkpoint) / "manifest.json").read_text(encoding="utf-8"))
 
+    def lacking(self, component: Component) -> str:
+        """What keeps a component's model from being loaded, as far as its files tell without being read; else empty."""
+        folder = self.models / component.model
+        found = sum(file.stat().st_size for file in folder.glob("*/*") if file.is_file())
+        if found >= component.bytes:
+            return ""
+        return (
+            f"{folder} holds {found} bytes, and {component.bytes} were exported: its model is missing or not whole; "
+            "export again"
+        )
+
     def to_json(self) -> str:
         return (
             json.dumps({"format_version": _DEPLOYMENT_VERSION, "checkpoints": list(self.checkpoints)}, indent=2) + "\n"

@@ -100,7 +100,7 @@ class DiffusionService:
         weights: Mapping[str, float] | None = None,
         pinned: Collection[str] = (),
     ) -> None:
-        self._telemetry = telemetry or Telemetry()
+        self._telemetry, self._deployment = telemetry or Telemetry(), deployment
         folder = EmbeddingFolder(embeddings or deployment.embeddings)
         registry = LoraFolder(loras or deployment.loras, lora_budget, self._telemetry)
         self._checkpoints = CheckpointRegistry(
@@ -158,6 +158,11 @@ class DiffusionService:
     def may_use(self, model: str) -> bool:
         """Whether a Triton model is meant to be in memory."""
         return self._keeper.may_use(model)
+
+    def lacking(self, model: str) -> str:
+        """What keeps a Triton model from being loaded, as far as its files tell; else empty."""
+        every = (component for one in self._checkpoints.values() for component in one.manifest.components.values())
+        return next((self._deployment.lacking(component) for component in every if component.model == model), "")
 
     def weight(self, checkpoint: str) -> float:
         """A checkpoint's weight beside others."""

@@ -100,6 +100,8 @@ class BlsRunner:
         self._device, self._open = device, False
         #: Whether a model is meant to be loaded; others are not loaded again.
         self.may_use: Callable[[str], bool] = lambda model: True  # noqa: ARG005
+        #: What keeps a model's files from being loaded; empty where they are whole.
+        self.lacking: Callable[[str], str] = lambda model: ""  # noqa: ARG005
         self._reviving, self._revived = threading.Lock(), dict[str, float]()
         self._options: dict[str, Any] = {}
         if device.type == "cuda":  # outputs go to the CPU's memory unless they are asked not to
@@ -158,6 +160,8 @@ class BlsRunner:
             if self._revived.get(model, 0.0) > began:
                 return
             _log.error("%s is loaded again: %s", model, error.message)
+            if lacks := self.lacking(model):
+                raise errors.ComponentFailedError(f"{error.message.rstrip('.')}; {lacks}", component=model) from error
             try:
                 pb_utils.unload_model(model_name=model)
                 pb_utils.load_model(model_name=model)
@@ -168,7 +172,13 @@ class BlsRunner:
             self._revived[model] = time.monotonic()
 
     def load(self, model: str) -> None:
-        """Load a component that is not loaded. Raises ComponentFailedError."""
+        """Load a component that is not loaded. Raises ComponentFailedError.
+
+        A load that fails inside Triton 24.10 damages the memory that it shares with this process, which ends the server
+        now and then. So files are looked at first.
+        """
+        if lacks := self.lacking(model):
+            raise errors.ComponentFailedError(f"{model}: {lacks}", component=model)
         with self._reviving:
             try:
                 pb_utils.load_model(model_name=model)
@@ -379,7 +389,7 @@ class DiffusionModel:
             weights=sharing.weights,
             pinned=sharing.pinned,
         )
-        self._bls.may_use = self._service.may_use
+        self._bls.may_use, self._bls.lacking = self._service.may_use, self._service.lacking
         self._admission = Admission(self._service.submit, self._refuse, self._service.heartbeats)
         self._token = os.environ.get(TOKEN_VARIABLE, "").encode()
         # The first request shows that the instance is made. A server that gets none still measures its engines.

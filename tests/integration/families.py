@@ -195,7 +195,7 @@ def torch_families(
     """A deployment without graphs, and the torch modules that stand for them, in float32."""
 
     def no_graph(plan: Any, component: str, path: Path, report: Any) -> Graph:
-        path.touch()
+        path.write_text(f"{plan.name} {component}")  # else all would be one, and exported once
         graph = float32_graph(plan.checkpoint, component, path)
         if not lora_rank or component not in (UNET, *plan.checkpoint.family.encoders):
             return graph
