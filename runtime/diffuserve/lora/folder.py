@@ -88,13 +88,13 @@ class LoraFolder:
             _wait_until_written(path)
             found, content = self._files.content(path)
             file = parse_lora_file(content)
-        with self._lock:
-            self._let_go(path)
-            self._held[path] = found, file
-            self._bytes += file.bytes
-            while self._bytes > self.budget and self._held:
-                self._let_go(next(iter(self._held)))
-            total = self._bytes
+            with self._lock:
+                self._let_go(path)
+                self._held[path] = found, file
+                self._bytes += file.bytes
+                while self._bytes > self.budget and self._held:
+                    self._let_go(next(iter(self._held)))
+                total = self._bytes
         self._telemetry.lora(hit=False, held_bytes=total)
         return file
 
