@@ -239,7 +239,7 @@ class Keeper:
                     self.on_look()
             except Exception:
                 _log.exception("the keeper of components failed; it goes on")
-                time.sleep(_LOOK_S)
+                time.sleep(_LOOK_S)  # what fails each time must not take a core
 
     def _next(self) -> Action | None:
         """The next action, waited for; None where it is time to look around, or to end."""

@@ -196,7 +196,7 @@ class BlsRunner:
                 raise errors.ComponentFailedError(f"{model}: {_told(cause)}", component=model) from cause
         deadline = time.monotonic() + _UNLOADING_SECONDS
         while process.was_seen and not process.is_gone() and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)  # Triton's child and not ours: its end cannot be awaited
 
     def is_ready(self, model: str) -> bool:
         return bool(pb_utils.is_model_ready(model_name=model))

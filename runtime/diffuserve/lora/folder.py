@@ -113,7 +113,7 @@ def _wait_until_written(path: Path) -> None:
     while abs(time.time() - found.st_mtime) < _SETTLED_S:
         if time.monotonic() > patience:
             raise ValueError("is being written; ask again when it is whole")
-        time.sleep(_SETTLED_S / 2)
+        time.sleep(_SETTLED_S / 2)  # a writer that is done tells nobody
         found = path.stat()
 
 
