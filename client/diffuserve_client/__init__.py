@@ -23,14 +23,28 @@ from diffuserve.errors import (
     UnsupportedError,
 )
 from diffuserve.request import Event, GenerateRequest
+from diffuserve_client._async_client import AsyncClient
 from diffuserve_client._client import Client
+from diffuserve_client._deployed import Checkpoint, Health
 from diffuserve_client._errors import ConnectionFailedError
+from diffuserve_client._events import (
+    ImageEvent,
+    PictureEvent,
+    PreviewEvent,
+    ProgressEvent,
+    QueuedEvent,
+    SnapshotEvent,
+)
 from diffuserve_client._parameters import GenerateParameters
-from diffuserve_client._results import GeneratedImage, GenerateResult, PictureEvent
+from diffuserve_client._results import GeneratedImage, GenerateResult
+from diffuserve_client._retry import Retry
+from diffuserve_client._security import Tls
 from diffuserve_client._timeout import Timeout
 
 __all__ = [
+    "AsyncClient",
     "CancelledError",
+    "Checkpoint",
     "Client",
     "ComponentFailedError",
     "ConnectionFailedError",
@@ -42,12 +56,20 @@ __all__ = [
     "GenerateRequest",
     "GenerateResult",
     "GeneratedImage",
+    "Health",
+    "ImageEvent",
     "InternalError",
     "InvalidArgumentError",
     "NotFoundError",
     "PictureEvent",
+    "PreviewEvent",
+    "ProgressEvent",
     "QueueFullError",
+    "QueuedEvent",
+    "Retry",
+    "SnapshotEvent",
     "Timeout",
+    "Tls",
     "UnavailableError",
     "UnsupportedError",
     "__version__",

@@ -33,7 +33,8 @@ from diffuserve_client._timeout import Timeout
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from diffuserve_client._results import GenerateResult, PictureEvent
+    from diffuserve_client._events import PictureEvent
+    from diffuserve_client._results import GenerateResult
 
 __all__ = ["app", "exit_code"]
 

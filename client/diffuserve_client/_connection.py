@@ -1,4 +1,4 @@
-"""The synchronous way to the server: one gRPC channel, one stream per request.
+"""The synchronous way to a server: one gRPC channel, one stream per request.
 
 Over the generated stubs and not tritonclient's `start_stream`: that one holds a single stream per client, while the
 stubs give each request a stream of its own on one shared connection, with a deadline, a cancel and a status.
@@ -10,43 +10,42 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Final
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from diffuserve.errors import DiffuserveError
+from diffuserve.errors import CancelledError, DiffuserveError
 from diffuserve.request import Event
 from diffuserve_client._exchange import CHANNEL_OPTIONS, Exchange, connect_failure
+from diffuserve_client._security import Security
 from diffuserve_client._timeout import Timeout
 
-__all__ = ["Connection"]
+__all__ = ["Call", "Connection"]
 
 _AT_LEAST_SECONDS: Final = 0.1  # a process that was stopped itself must first read what came meanwhile
 
 
 class Connection:
-    """A channel that many threads may use at once."""
+    """A channel to one server, which many threads may use at once."""
 
-    def __init__(self, url: str, timeout: Timeout) -> None:
+    def __init__(self, url: str, timeout: Timeout, security: Security, credentials: Any) -> None:
         self.url = url
         self.timeout = timeout
+        self._security = security
+        self._credentials = credentials
         self._lock = threading.Lock()
         self._channel: Any = None
         self._closed = False
 
-    def run(self, exchange: Exchange) -> Generator[Event, None, None]:
-        """Send the request and yield its events. However this ends, the server is told to stop what is not done.
+    def call(self, exchange: Exchange, left: float, headers: Sequence[tuple[str, str]] = ()) -> Call:
+        """A try of a request, which may take `left` seconds. It is sent when its events are asked for.
 
-        Raises DiffuserveError, or RuntimeError where the connection was closed.
+        Raises RuntimeError where the connection was closed.
         """
-        call = _Call(self, self.open(), exchange)
-        try:
-            yield from call.events()
-        finally:
-            call.cancel()  # does nothing where the call is over
+        return Call(self, self.open(), exchange, left, (*self._security.metadata, *headers))
 
     def close(self) -> None:
         """Cancel what runs and hang up."""
@@ -62,7 +61,12 @@ class Connection:
             if self._closed:
                 raise RuntimeError("the client is closed; make another one")
             if self._channel is None:
-                self._channel = grpc.insecure_channel(self.url, options=CHANNEL_OPTIONS)
+                options = (*CHANNEL_OPTIONS, *self._security.channel_options)
+                self._channel = (
+                    grpc.insecure_channel(self.url, options)
+                    if self._credentials is None
+                    else grpc.secure_channel(self.url, self._credentials, options)
+                )
             return self._channel
 
     def drop_if_lost(self, channel: Any, error: Any) -> None:
@@ -75,17 +79,26 @@ class Connection:
                 self._channel = None
 
 
-class _Call:
-    """One request's stream, read by a thread of its own.
+class Call:
+    """One try's stream, read by a thread of its own.
 
     The caller's thread must not be inside gRPC when Ctrl-C interrupts it: an exception between two instructions of
     gRPC's critical sections leaves its lock taken, and the cancel that should follow waits for that lock forever.
     """
 
-    def __init__(self, connection: Connection, channel: Any, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        channel: Any,
+        exchange: Exchange,
+        left: float,
+        headers: Sequence[tuple[str, str]],
+    ) -> None:
         self._connection = connection
         self._channel = channel
         self._exchange = exchange
+        self._deadline = time.monotonic() + left
+        self._headers = headers
         # An event; or how it ended: the error, or None for well.
         self._received: SimpleQueue[Event | BaseException | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -95,12 +108,21 @@ class _Call:
         self._heard_at = math.inf
 
     def events(self) -> Iterator[Event]:
+        """Send the request and yield its events. Raises DiffuserveError."""
         message = self._exchange.message()
         threading.Thread(target=self._read, args=(message,), name="diffuserve-stream", daemon=True).start()
         while (received := self._next()) is not None:
             if isinstance(received, BaseException):
                 raise received
             yield received
+
+    def cancel(self) -> None:
+        """Tell the server to stop, from whichever thread. Does nothing where the request is done."""
+        with self._lock:
+            self._cancelled = True
+            stream = self._stream
+        if stream is not None and not self._exchange.finished:
+            stream.cancel()
 
     def _next(self) -> Event | BaseException | None:
         """What comes next. Where nothing came for the stall timeout, that is the error."""
@@ -112,13 +134,6 @@ class _Call:
             if time.monotonic() - self._heard_at >= stall:
                 return self._exchange.stalled()
 
-    def cancel(self) -> None:
-        with self._lock:
-            self._cancelled = True
-            stream = self._stream
-        if stream is not None and not self._exchange.finished:
-            stream.cancel()
-
     def _read(self, message: Any) -> None:
         try:
             self._exchange_all(message)
@@ -128,14 +143,15 @@ class _Call:
             self._received.put(None)
 
     def _exchange_all(self, message: Any) -> None:
-        deadline = time.monotonic() + self._connection.timeout.total
         stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._greet(stub)
         with self._lock:
             if self._cancelled:
-                return
+                raise CancelledError("the request was cancelled before it was sent")
             self._heard_at = time.monotonic()
-            self._stream = stub.ModelStreamInfer(iter((message,)), timeout=deadline - time.monotonic())
+            self._stream = stub.ModelStreamInfer(
+                iter((message,)), timeout=self._deadline - time.monotonic(), metadata=self._headers
+            )
         try:
             # To the stream's end, past the last answer: a stream that is cancelled while Triton is about to end it
             # keeps its model from unloading (seen with 2.51).
@@ -168,8 +184,9 @@ class _Call:
         one round trip (0.7 ms on loopback).
         """
         url, timeout = self._connection.url, self._connection.timeout
+        limit = min(timeout.connect, max(0.0, self._deadline - time.monotonic()))
         try:
-            stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=min(timeout.connect, timeout.total))
+            stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=limit, metadata=self._headers)
         except grpc.RpcError as error:
             self._connection.drop_if_lost(self._channel, error)
             raise connect_failure(error.code(), error.details(), url=url, timeout=timeout) from error

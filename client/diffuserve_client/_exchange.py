@@ -1,7 +1,4 @@
-"""One request's conversation with the server, without IO: messages in, messages out.
-
-The synchronous client drives it; it knows neither threads nor channels, so that an asynchronous one can as well.
-"""
+"""One try of a request: its conversation with one server, without IO. Messages in, messages out."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from diffuserve.errors import (
     UnavailableError,
     from_wire,
 )
-from diffuserve.request import MAX_IMAGES, Event, GenerateRequest
+from diffuserve.request import MAX_IMAGES, MAX_STEPS, Event, GenerateRequest
 from diffuserve.wire import (
     INPUTS,
     MODEL_NAME,
@@ -37,7 +34,7 @@ from diffuserve.wire import (
     encode_request,
 )
 from diffuserve_client._errors import ConnectionFailedError
-from diffuserve_client._results import picture_event
+from diffuserve_client._events import typed
 from diffuserve_client._timeout import Timeout
 
 __all__ = ["CHANNEL_OPTIONS", "Exchange", "StatusExchange", "connect_failure"]
@@ -62,21 +59,37 @@ _UNKNOWN_MODEL: Final = "Request for unknown model"
 
 
 class Exchange:
-    """What to send, what the answers mean, and whether the last has come. `url` is for the error messages."""
+    """What to send, what the answers mean, and whether the last has come.
 
-    def __init__(self, request: GenerateRequest, *, url: str, timeout: Timeout) -> None:
+    `url` is for the error messages. With `wants_queued` the server is asked for its ETA and load even where the request
+    wants no progress; who made the exchange leaves out what comes of it. `is_handed_over`: a snapshot came.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        url: str,
+        timeout: Timeout,
+        request_id: str = "",
+        wants_queued: bool = False,
+    ) -> None:
         self.finished = False
+        self.is_handed_over = False
         self._request = request
+        self._request_id = request_id
+        self._wants_queued = wants_queued
         self._url = url
         self._timeout = timeout
         self._images: set[int] = set()
         # How many pictures a resumed request still has is in its snapshot, which only servers can read.
         self._expected = None if request.resume else request.num_images
-        self._handed_over = False
 
     def message(self) -> Any:
         """The ModelInferRequest to send. Raises InvalidArgumentError for numbers that the wire cannot hold."""
-        message = service_pb2.ModelInferRequest(model_name=MODEL_NAME, model_version=str(WIRE_VERSION))
+        message = service_pb2.ModelInferRequest(
+            model_name=MODEL_NAME, model_version=str(WIRE_VERSION), id=self._request_id
+        )
         # Tells a finished request from a stream that merely ended.
         message.parameters["triton_enable_empty_final_response"].bool_param = True
         for name, array in self._tensors().items():
@@ -86,7 +99,10 @@ class Exchange:
         return message
 
     def _tensors(self) -> Mapping[str, Array]:
-        return encode_request(self._with_heartbeat())
+        request = self._with_heartbeat()
+        if self._wants_queued and not request.progress_every:
+            request = replace(request, progress_every=MAX_STEPS)
+        return encode_request(request)
 
     def receive(self, response: Any) -> Event | None:
         """Read one ModelStreamInferResponse; None where it only says that the request is done, or still lives.
@@ -143,7 +159,7 @@ class Exchange:
         tensors = {spec.name: result.as_numpy(spec.name) for spec in OUTPUTS}
         event = decode_event({name: array for name, array in tensors.items() if array is not None})
         if event.kind == "snapshot":
-            self._handed_over = True
+            self.is_handed_over = True
         elif event.kind == "image":
             if event.index in self._images or not 0 <= event.index < (self._expected or MAX_IMAGES):
                 raise InternalError(f"the server sent an image {event.index} that was not to come, {self._progress()}")
@@ -153,10 +169,10 @@ class Exchange:
                 event = replace(event, data=base64.b64decode(event.data, validate=True))
             except binascii.Error as error:
                 raise InternalError(f"the server's {event.kind} {event.index} is not base64: {error}") from error
-        return picture_event(event) if event.kind in ("image", "preview") else event
+        return typed(event)
 
     def _finish(self) -> None:
-        if not self._handed_over and len(self._images) < (self._expected or 1):
+        if not self.is_handed_over and len(self._images) < (self._expected or 1):
             raise InternalError(f"the server called the request done, {self._progress()}; its log may say why")
         self.finished = True
 

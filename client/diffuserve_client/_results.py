@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
+from diffuserve_client._events import decoded
 from diffuserve_client._files import FORMAT_OF_SUFFIX, write_atomically
 
 if TYPE_CHECKING:
     import PIL.Image
 
-__all__ = ["GenerateResult", "GeneratedImage", "PictureEvent", "decoded", "picture_event", "result_from"]
-
-
-def decoded(data: bytes) -> PIL.Image.Image:
-    """An encoded picture. Raises OSError where it is none."""
-    import PIL.Image
-
-    image = PIL.Image.open(io.BytesIO(data))
-    image.load()
-    return image
-
-
-@dataclass(frozen=True, kw_only=True)
-class PictureEvent(Event):
-    """An event with a picture: of the kind `image`, or `preview`, which is small and of a picture that is not done."""
-
-    @cached_property
-    def image(self) -> PIL.Image.Image:
-        """The picture decoded, the first time it is asked for. Raises OSError where it cannot be."""
-        return decoded(self.data)
-
-
-def picture_event(event: Event) -> PictureEvent:
-    return PictureEvent(**{one.name: getattr(event, one.name) for one in fields(Event)})
+__all__ = ["GenerateResult", "GeneratedImage", "result_from"]
 
 
 @dataclass(frozen=True)
@@ -82,10 +59,16 @@ class GeneratedImage:
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """Every picture of one request, in order, and the request as it was sent."""
+    """Every picture of one request, in order.
+
+    `request` is what was sent, with its seed drawn, so that it makes the same pictures again; `request_id` is what the
+    server's log calls it; `index` is its place among the requests of `generate_many`.
+    """
 
     request: GenerateRequest
     images: tuple[GeneratedImage, ...]
+    request_id: str = ""
+    index: int = 0
 
     @property
     def image(self) -> PIL.Image.Image:
@@ -93,7 +76,9 @@ class GenerateResult:
         return self.images[0].image
 
 
-def result_from(request: GenerateRequest, events: Iterable[Event]) -> GenerateResult:
+def result_from(
+    request: GenerateRequest, events: Iterable[Event], request_id: str = "", index: int = 0
+) -> GenerateResult:
     """The result that a request's image events make, in whatever order they came."""
     images = (
         GeneratedImage(
@@ -105,4 +90,5 @@ def result_from(request: GenerateRequest, events: Iterable[Event]) -> GenerateRe
         )
         for event in events
     )
-    return GenerateResult(request=request, images=tuple(sorted(images, key=lambda image: image.index)))
+    in_order = tuple(sorted(images, key=lambda image: image.index))
+    return GenerateResult(request=request, images=in_order, request_id=request_id, index=index)

@@ -115,7 +115,8 @@ class Job:
         """Tell a client that wants to see progress, once, when it can expect its pictures."""
         if self.resolved.request.progress_every and not self._told:
             self._told = True
-            self._send(self._event("queued", 0, 0, b"", {"eta_ms": round(1000 * self.eta.seconds)}))
+            info = {"eta_ms": round(1000 * self.eta.seconds), "images": self.eta.images}
+            self._send(self._event("queued", 0, 0, b"", info))
 
     def step(self, track: Track, index: int, done: int) -> None:
         every = self.resolved.request.progress_every

@@ -127,3 +127,4 @@ def test_the_client_is_told_when_it_will_be_done(logged: Logged) -> None:
     assert [event.kind for event in events] == ["queued", "progress", "image"]
     assert events[0].info["eta_ms"] == pytest.approx(1000 * events[-1].info["eta_s"], abs=1)
     assert 0 < events[0].info["eta_ms"] < 60_000
+    assert events[0].info["images"] == 1

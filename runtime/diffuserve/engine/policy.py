@@ -47,10 +47,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Eta:
-    """When a request is expected to be done, in `seconds`; `raw` is the forecast before experience corrected it."""
+    """When a request is expected to be done, in `seconds`; `raw` is the forecast before experience corrected it.
+
+    `images` are in the server then, its own among them.
+    """
 
     seconds: float
     raw: float
+    images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +158,7 @@ class StepPolicy:
             )
         stepping = forecast([*present, *demands], self.calls_of, demands, sharing, self.adapter_cap).latest
         raw = stepping + self.costs.around(kind_of(demands))
-        eta = Eta(self.costs.corrected(raw), raw)
+        eta = Eta(self.costs.corrected(raw), raw, len(present) + len(demands))
         if deadline is not None and now + eta.seconds > deadline:
             raise DeadlineError(
                 f"the request would be done in {eta.seconds:.2f} s, after its deadline of {deadline - now:.2f} s; "

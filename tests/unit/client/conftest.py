@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from diffuserve_client import Client, Timeout
+from diffuserve_client import Client, Retry, Timeout
 from unit.client.fake_triton import FakeTriton, Script, answer
 
 Serve = Callable[[Script], FakeTriton]
@@ -32,5 +32,5 @@ def fake(serve: Serve) -> FakeTriton:
 @pytest.fixture
 def client(fake: FakeTriton) -> Iterator[Client]:
     # Far above what any test takes, below the tests' own limit, so that a hang is told as what it is.
-    with Client(fake.url, timeout=Timeout(total=60, connect=30)) as client:
+    with Client(fake.url, timeout=Timeout(total=60, connect=30), retry=Retry(retries=0)) as client:
         yield client

@@ -6,13 +6,25 @@ import base64
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 
-from diffuserve_client import Client, Event, GenerateRequest, InvalidArgumentError, PictureEvent, Timeout
+from diffuserve_client import (
+    Client,
+    Event,
+    GenerateRequest,
+    ImageEvent,
+    InvalidArgumentError,
+    PictureEvent,
+    PreviewEvent,
+    ProgressEvent,
+    Timeout,
+)
+from diffuserve_client._events import typed
 from unit.client.fake_triton import FakeTriton, image, picture, preview, progress, response
 
 
@@ -27,10 +39,14 @@ def test_one_image(client: Client, fake: FakeTriton) -> None:
     assert result.image.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_request_object_is_sent_as_it_is(client: Client, fake: FakeTriton) -> None:
+def test_a_request_object_is_sent_with_its_seed_drawn(client: Client, fake: FakeTriton) -> None:
     request = GenerateRequest(prompt="", negative_prompt="blue", sampler="euler", checkpoint="shapes", height=96)
-    assert client.generate(request).request is request
-    assert fake.requests == [request]
+    sent = client.generate(request).request
+    assert sent == replace(request, seed=sent.seed)
+    assert 0 <= sent.seed < 2**32
+    assert fake.requests == [sent]
+    seeded = replace(request, seed=5)
+    assert client.generate(seeded).request is seeded
 
 
 def test_a_request_object_takes_no_keywords_beside_it(client: Client, fake: FakeTriton) -> None:
@@ -68,7 +84,8 @@ def test_the_final_response_may_be_empty(client: Client, fake: FakeTriton) -> No
 def test_on_progress_hears_every_step(client: Client, fake: FakeTriton) -> None:
     heard: list[Event] = []
     result = client.generate("a", steps=3, on_progress=heard.append)
-    assert heard == [progress(1, 3), progress(2, 3), progress(3, 3)]
+    assert heard == [typed(progress(step, 3)) for step in (1, 2, 3)]
+    assert all(isinstance(event, ProgressEvent) for event in heard)
     assert result.request.progress_every == 1
 
 
@@ -95,10 +112,11 @@ def test_events_with_pictures_open_them(client: Client, fake: FakeTriton, encodi
         yield response(image(data=data[1]), final=True)
 
     fake.script = encoded
-    told, small, whole = client.stream(GenerateRequest(prompt="a", image_encoding=encoding, preview_every=1))
+    request = GenerateRequest(prompt="a", image_encoding=encoding, preview_every=1, progress_every=1)
+    told, small, whole = client.stream(request)
     assert not isinstance(told, PictureEvent)
-    assert isinstance(small, PictureEvent)
-    assert isinstance(whole, PictureEvent)
+    assert isinstance(small, PreviewEvent)
+    assert isinstance(whole, ImageEvent)
     assert [one.image.getpixel((0, 0)) for one in (small, whole)] == [(0, 0, 255), (255, 0, 0)]
 
 
@@ -192,7 +210,7 @@ def test_a_save_that_fails_leaves_nothing(client: Client, tmp_path: Path) -> Non
 def test_a_number_is_the_total_timeout() -> None:
     with Client(timeout=12) as client:
         assert client.timeout == Timeout(total=12, connect=5)
-        assert client.url == "localhost:8001"
+        assert client.urls == ("localhost:8001",)
     with Client() as client:
         assert client.timeout == Timeout(total=300, connect=5)
 

@@ -62,13 +62,15 @@ def test_it_writes_the_picture_and_says_so(fake: FakeTriton, tmp_path: Path) -> 
     with PIL.Image.open(tmp_path / "circle.png") as opened:
         assert (opened.format, opened.getpixel((0, 0))) == ("PNG", (255, 0, 0))
     assert os.listdir(tmp_path) == ["circle.png"]  # noqa: PTH208
-    assert fake.requests == [GenerateRequest(prompt="a red circle")], "no progress where nobody looks"
+    (sent,) = fake.requests
+    assert sent == GenerateRequest(prompt="a red circle", seed=sent.seed), "no progress where nobody looks"
 
 
 def test_loras_are_as_many_options(fake: FakeTriton, tmp_path: Path) -> None:
     result = run("generate", "a", "--lora", "night:0.5", "--lora", "bar", "-o", "a.png", url=fake.url)
     assert result.exit_code == 0, result.output
-    assert fake.requests == [GenerateRequest(prompt="a", loras=("night:0.5", "bar"))]
+    (sent,) = fake.requests
+    assert sent == GenerateRequest(prompt="a", loras=("night:0.5", "bar"), seed=sent.seed)
     result = run("generate", "a", "--lora", "../night", "-o", "a.png", url=fake.url)
     assert (result.exit_code, "no path" in result.output) == (2, True)
 
@@ -77,13 +79,14 @@ def test_pictures_are_read_and_sent(fake: FakeTriton, tmp_path: Path) -> None:
     (tmp_path / "in.png").write_bytes(b"a picture")
     (tmp_path / "mask.png").write_bytes(b"a mask")
     (tmp_path / "edges.png").write_bytes(b"edges")
-    options = ("--init-image", "in.png", "--mask", "mask.png", "--strength", "0.5")
+    options = ("--seed", "5", "--init-image", "in.png", "--mask", "mask.png", "--strength", "0.5")
     control = ("--control", "edges.png", "--control-scale", "0.75")
     result = run("generate", "a", *options, *control, "-o", "a.png", url=fake.url)
     assert result.exit_code == 0, result.output
     assert fake.requests == [
         GenerateRequest(
             prompt="a",
+            seed=5,
             init_image=b"a picture",
             mask_image=b"a mask",
             strength=0.5,
@@ -265,7 +268,7 @@ def test_exit_codes(error: type[DiffuserveError], code: int) -> None:
 
 def test_the_servers_error_is_one_line(fake: FakeTriton, tmp_path: Path) -> None:
     def full(_: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
-        yield failure(QueueFullError("the queue is full;\ntry again", eta_ms=5))
+        yield failure(QueueFullError("the queue is full;\ntry again", eta_ms=10**7))  # no use to wait for it
 
     fake.script = full
     result = run("generate", "a", url=fake.url)

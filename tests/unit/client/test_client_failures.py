@@ -34,13 +34,18 @@ from diffuserve_client import (
     InvalidArgumentError,
     NotFoundError,
     QueueFullError,
+    Retry,
     Timeout,
     UnavailableError,
     UnsupportedError,
     _exchange,
     _timeout,
 )
+from diffuserve_client._events import typed
 from unit.client.fake_triton import FakeTriton, answer, failure, heartbeat, image, progress, response, silence
+
+#: No second try, which would hide the first's error.
+ONCE = Retry(retries=0)
 
 
 def script_of(*responses: Any) -> Any:
@@ -144,7 +149,7 @@ def test_bad_values_never_reach_the_server(client: Client, fake: FakeTriton) -> 
 def test_the_deadline_ends_the_wait_and_the_servers_work(fake: FakeTriton) -> None:
     fake.script = silence
     started = time.monotonic()
-    with Client(fake.url, timeout=Timeout(total=0.5, connect=30)) as client:
+    with Client(fake.url, timeout=Timeout(total=0.5, connect=30), retry=ONCE) as client:
         with pytest.raises(DeadlineError, match=r"not done within 0\.5 s, 0 of 1 images"):
             client.generate("a")
         assert time.monotonic() - started < 10
@@ -156,7 +161,7 @@ def hasty(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]
     """A client that takes 0.3 s of silence for a death; no real one may ask for signs of life so often."""
     for module in (_timeout, diffuserve.request):
         monkeypatch.setattr(module, "MIN_HEARTBEAT_MS", 100)
-    with Client(fake.url, timeout=Timeout(total=60, connect=30, stall=0.3)) as client:
+    with Client(fake.url, timeout=Timeout(total=60, connect=30, stall=0.3), retry=ONCE) as client:
         yield client
 
 
@@ -221,7 +226,7 @@ def test_leaving_a_stream_cancels_it(client: Client, fake: FakeTriton) -> None:
 
     fake.script = one_then_silence
     with closing(client.stream(GenerateRequest(prompt="a"))) as events:
-        assert next(events) == progress(1, 20)
+        assert next(events) == typed(progress(1, 20))
         assert not fake.over.is_set()
     assert fake.over.wait(10)
 
@@ -288,7 +293,10 @@ def test_a_server_that_is_not_there(client: Client, fake: FakeTriton) -> None:
 
 
 def test_a_name_that_does_not_resolve() -> None:
-    with Client("nowhere.invalid:8001", timeout=20) as client, pytest.raises(ConnectionFailedError, match="nowhere"):
+    with (
+        Client("nowhere.invalid:8001", timeout=20, retry=ONCE) as client,
+        pytest.raises(ConnectionFailedError, match="nowhere"),
+    ):
         client.generate("a")
 
 
@@ -296,11 +304,14 @@ def test_something_that_accepts_and_says_nothing() -> None:
     with socket.create_server(("localhost", 0)) as listener:
         url = f"localhost:{listener.getsockname()[1]}"
         with (
-            Client(url, timeout=Timeout(connect=0.3)) as client,
+            Client(url, timeout=Timeout(connect=0.3), retry=ONCE) as client,
             pytest.raises(ConnectionFailedError, match=r"no answer within 0\.3 s"),
         ):
             client.generate("a")
-        with Client(url, timeout=0.3) as client, pytest.raises(DeadlineError, match=r"not done within 0\.3 s"):
+        with (
+            Client(url, timeout=0.3, retry=ONCE) as client,
+            pytest.raises(DeadlineError, match=r"not done within 0\.3 s"),
+        ):
             client.generate("a")
 
 
@@ -310,7 +321,7 @@ def test_a_grpc_server_that_is_no_triton() -> None:
     server.start()
     try:
         with (
-            Client(f"localhost:{port}") as client,
+            Client(f"localhost:{port}", retry=ONCE) as client,
             pytest.raises(ConnectionFailedError, match="does not speak Triton's gRPC protocol"),
         ):
             client.generate("a")
@@ -325,7 +336,7 @@ def test_a_server_that_dies_mid_stream() -> None:
             assert process.stdout is not None
             url = f"localhost:{int(process.stdout.readline())}"
             with (
-                Client(url, timeout=60) as client,
+                Client(url, timeout=60, retry=ONCE) as client,
                 pytest.raises(ConnectionFailedError, match=r"the connection to .* was lost, 0 of 1 images received"),
             ):
                 client.generate("a", on_progress=lambda _: process.kill())

@@ -1,0 +1,83 @@
+"""What a server has and how it is, read from its status."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffuserve.errors import DiffuserveError
+
+__all__ = ["Checkpoint", "Health", "checkpoints_of", "health_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A deployed checkpoint.
+
+    `state` is resident, loading, leaving or absent; `limits` what it takes (sizes in pixels, and what may be given),
+    `defaults` what it uses where a request says nothing, `samplers` the samplers' names, `loras` the files of LoRA in
+    the server's folder. `told` is all that the server says of it: docs/operations.md.
+    """
+
+    name: str
+    state: str
+    resident: bool
+    bytes: int
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    samplers: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
+    error: str | None = None
+    told: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """How a server is. `state` is serving, draining or unreachable, and then `error` says why.
+
+    `waiting` and `active` count its requests; `latency_s` is how long the answer took.
+    """
+
+    url: str
+    state: str
+    waiting: int = 0
+    active: int = 0
+    version: str | None = None
+    latency_s: float = 0.0
+    error: DiffuserveError | None = None
+
+    @property
+    def is_serving(self) -> bool:
+        return self.state == "serving"
+
+
+def checkpoints_of(status: Mapping[str, Any]) -> tuple[Checkpoint, ...]:
+    return tuple(
+        Checkpoint(
+            name=name,
+            state=one["state"],
+            resident=one["resident"],
+            bytes=one["bytes"],
+            limits=one.get("limits", {}),
+            defaults=one.get("defaults", {}),
+            samplers=tuple(one.get("samplers", ())),
+            loras=tuple(one.get("loras", ())),
+            error=one.get("error"),
+            told=one,
+        )
+        for name, one in status["checkpoints"].items()
+    )
+
+
+def health_of(url: str, answer: Mapping[str, Any] | DiffuserveError, seconds: float) -> Health:
+    if isinstance(answer, DiffuserveError):
+        return Health(url=url, state="unreachable", latency_s=seconds, error=answer)
+    return Health(
+        url=url,
+        state=answer["state"],
+        waiting=answer["waiting"],
+        active=answer["active"],
+        version=answer.get("version"),
+        latency_s=seconds,
+    )
