@@ -83,9 +83,9 @@ def lora_deployment(deployment: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def client(server: Any) -> Iterator[Any]:
-    from diffuserve_client import Client
+    from diffuserve_client import Client, Retry
 
-    with Client(server.grpc_url) as client:
+    with Client(server.grpc_url, retry=Retry(retries=0)) as client:
         yield client
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from tritonclient.grpc import service_pb2_grpc
 
 from diffuserve.server import ServerOptions, TritonServer
-from diffuserve_client import Client, DeadlineError, DiffuserveError, GenerateRequest, QueueFullError, Timeout
+from diffuserve_client import Client, DeadlineError, DiffuserveError, GenerateRequest, QueueFullError, Retry, Timeout
 from diffuserve_client._exchange import Exchange
 
 SOON = 10.0  # seconds for a short request of high priority, whatever else goes on
@@ -41,7 +41,7 @@ def crowded(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     )
     with TritonServer(options) as server:
         server.wait_ready()
-        with Client(server.grpc_url, timeout=PATIENT) as client:
+        with Client(server.grpc_url, timeout=PATIENT, retry=Retry(retries=0)) as client:
             client.generate("warm", steps=2, num_images=16)
         yield server
 
@@ -49,7 +49,9 @@ def crowded(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture
 def other(crowded: TritonServer) -> Iterator[Client]:
     """Somebody who just wants a picture."""
-    with Client(crowded.grpc_url, timeout=Timeout(total=SOON, connect=SOON, stall=SOON)) as client:
+    with Client(
+        crowded.grpc_url, timeout=Timeout(total=SOON, connect=SOON, stall=SOON), retry=Retry(retries=0)
+    ) as client:
         yield client
 
 
@@ -150,7 +152,7 @@ def large_picture() -> bytes:
 
 def test_sixteen_pictures_of_the_largest_size_are_borne_again_and_again(crowded: TritonServer, other: Client) -> None:
     data, waves = large_picture(), list[dict[str, int]]()
-    with Client(crowded.grpc_url, timeout=PATIENT) as greedy, ThreadPoolExecutor(16) as pool:
+    with Client(crowded.grpc_url, timeout=PATIENT, retry=Retry(retries=0)) as greedy, ThreadPoolExecutor(16) as pool:
         for _ in range(5):
             asked: dict[str, Any] = {"init_image": data, "steps": 4, "strength": 0.5}
             wave = [pool.submit(greedy.generate, "a ring", seed=seed, **asked) for seed in range(16)]
@@ -189,7 +191,7 @@ def test_a_storm_of_deadlines_that_cannot_be_met_disturbs_nobody(crowded: Triton
             seconds.append(time.monotonic() - began)
         return seconds
 
-    with Client(crowded.grpc_url, timeout=PATIENT) as stormy, ThreadPoolExecutor(65) as pool:
+    with Client(crowded.grpc_url, timeout=PATIENT, retry=Retry(retries=0)) as stormy, ThreadPoolExecutor(65) as pool:
 
         def ask(number: int) -> str:
             try:

@@ -14,7 +14,7 @@ import pytest
 from diffuserve.request import Event
 from diffuserve.server import ServerOptions, TritonServer
 from diffuserve.server.snapshot_key import with_snapshot_key
-from diffuserve_client import Client, GenerateRequest
+from diffuserve_client import Client, GenerateRequest, Retry
 from unit.pictures import encoded, mask, picture
 
 STEPS = 20
@@ -48,7 +48,7 @@ def test_drained_at_any_step_it_goes_on_to_the_same_picture(drained: TritonServe
                     reached.release()
                 ends[request] = event
 
-    with Client(drained.grpc_url) as theirs:
+    with Client(drained.grpc_url, retry=Retry(retries=0)) as theirs:
         threads = [threading.Thread(target=follow, args=(request, theirs)) for request in requests]
         for thread in threads:
             thread.start()
@@ -90,7 +90,7 @@ def test_two_servers_hand_one_request_to_and_fro(deployment: Path, client: Clien
         with ExitStack() as stack:
             server = stack.enter_context(TritonServer(with_snapshot_key(options)))
             server.wait_ready()
-            events = stack.enter_context(Client(server.grpc_url)).stream(request)
+            events = stack.enter_context(Client(server.grpc_url, retry=Retry(retries=0))).stream(request)
             next(event for event in events if event.kind == "progress" and event.step >= 30 * (move + 1))
             threading.Thread(target=server.drain, args=(0.0,)).start()
             *_, last = events

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from diffuserve.server import ServerOptions, TritonServer
-from diffuserve_client import Client, DeadlineError, GenerateRequest
+from diffuserve_client import Client, DeadlineError, GenerateRequest, Retry
 
 
 @dataclass
@@ -41,7 +41,7 @@ def logged(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         log_file=folder / "triton.log",
         environment={"DIFFUSERVE_CALL_LOG": str(folder / "calls.jsonl")},
     )
-    with TritonServer(options) as server, Client(server.grpc_url) as client:
+    with TritonServer(options) as server, Client(server.grpc_url, retry=Retry(retries=0)) as client:
         server.wait_ready()
         client.generate("warm up", steps=2)
         yield Logged(client, folder / "calls.jsonl")

@@ -17,6 +17,7 @@ from diffuserve_client import (
     DiffuserveError,
     InternalError,
     InvalidArgumentError,
+    Retry,
     Timeout,
 )
 
@@ -89,7 +90,7 @@ def _outcome(client: Client, **parameters: Any) -> DiffuserveError | None:
 
 
 def test_every_affected_request_ends_in_an_error_and_the_rest_in_a_picture(failing_server: TritonServer) -> None:
-    with Client(failing_server.grpc_url, timeout=Timeout(total=60)) as client:
+    with Client(failing_server.grpc_url, timeout=Timeout(total=60), retry=Retry(retries=0)) as client:
         # The bug comes first, while this request is the only one.
         bug = _outcome(client, steps=20)
         assert isinstance(bug, InternalError)

@@ -20,7 +20,7 @@ import torch
 
 from diffuserve.manifest import Deployment
 from diffuserve.server import ServerOptions, TritonServer
-from diffuserve_client import Client, DiffuserveError, GenerateRequest, InvalidArgumentError, NotFoundError
+from diffuserve_client import Client, DiffuserveError, GenerateRequest, InvalidArgumentError, NotFoundError, Retry
 from integration.family_cases import difference
 from integration.lora_cases import LoraCase, factors_of, kohya, named_by_diffusers, pictured, put_lora
 from integration.test_telemetry import open_url
@@ -55,7 +55,7 @@ def served(lora_deployment: Deployment, loras: Path, tmp_path_factory: pytest.Te
     )
     with TritonServer(options) as server:
         server.wait_ready()
-        with Client(server.grpc_url) as client:
+        with Client(server.grpc_url, retry=Retry(retries=0)) as client:
             yield server, client, folder / "calls.jsonl"
 
 

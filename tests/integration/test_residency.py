@@ -17,7 +17,7 @@ from diffuserve.manifest import Deployment
 from diffuserve.residency import Limits
 from diffuserve.server import ServerOptions, TritonServer
 from diffuserve.sharing import SharingOptions, models_of
-from diffuserve_client import Client
+from diffuserve_client import Client, Retry
 from integration.sharing import NAMES, are_alike, asked, pictures, resident, several_checkpoints, stubs_bytes
 
 IDLE = 4.0
@@ -44,7 +44,7 @@ def server(several: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def client(server: TritonServer) -> Iterator[Client]:
-    with Client(server.grpc_url) as client:
+    with Client(server.grpc_url, retry=Retry(retries=0)) as client:
         yield client
 
 

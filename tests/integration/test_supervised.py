@@ -20,7 +20,15 @@ import psutil
 import pytest
 
 from diffuserve.request import Event
-from diffuserve_client import Client, ConnectionFailedError, DrainingError, GenerateRequest, Timeout, UnavailableError
+from diffuserve_client import (
+    Client,
+    ConnectionFailedError,
+    DrainingError,
+    GenerateRequest,
+    Retry,
+    Timeout,
+    UnavailableError,
+)
 
 GRACE = 3
 LOAD = 16
@@ -86,7 +94,10 @@ def test_processes_that_die_are_replaced_and_no_request_is_lost(
     deployment: Path, client: Client, tmp_path: Path
 ) -> None:
     expected = [client.generate("a ring", steps=60, sampler="euler_ancestral", seed=seed).image for seed in range(4)]
-    with supervised(deployment, tmp_path) as server, Client(server.grpc_url, timeout=Timeout(total=60)) as theirs:
+    with (
+        supervised(deployment, tmp_path) as server,
+        Client(server.grpc_url, timeout=Timeout(total=60), retry=Retry(retries=0)) as theirs,
+    ):
         for model in ("shapes_unet", "shapes_vae_decoder", "shapes_text_encoder"):
             with running(theirs) as requests:
                 server.kill_stub(model)
@@ -97,7 +108,7 @@ def test_processes_that_die_are_replaced_and_no_request_is_lost(
         assert theirs.generate("a large green square on a red background", steps=2).images
 
         with (
-            Client(server.grpc_url, timeout=Timeout(total=60, stall=2)) as hasty,
+            Client(server.grpc_url, timeout=Timeout(total=60, stall=2), retry=Retry(retries=0)) as hasty,
             running(hasty) as requests,
         ):
             # With the supervisor held back, nobody ends the connections of the dead process's clients.
@@ -137,7 +148,7 @@ def test_told_to_end_under_load_every_request_ends_in_a_picture_or_a_snapshot(
     begun = threading.Event()
     with (
         supervised(deployment, tmp_path) as server,
-        Client(server.grpc_url, timeout=Timeout(total=60)) as theirs,
+        Client(server.grpc_url, timeout=Timeout(total=60), retry=Retry(retries=0)) as theirs,
         ThreadPoolExecutor(LOAD) as pool,
     ):
 

@@ -23,7 +23,7 @@ import tritonclient.grpc as triton
 from diffuserve.metrics import LOAD_SECONDS, LOADS, LOADS_FAILED, MEMORY, METRICS, RESIDENT, UNLOADS, Metric
 from diffuserve.server import ServerOptions, TritonServer
 from diffuserve.wire import WIRE_VERSION
-from diffuserve_client import Client, GenerateRequest, InvalidArgumentError
+from diffuserve_client import Client, GenerateRequest, InvalidArgumentError, Retry
 
 SECRET = "a scene that nobody else may read about"
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -158,7 +158,11 @@ def scraping(watched: Watched, peaks: dict[str, float]) -> Iterator[None]:
 def test_every_metric_of_the_table_moves_under_load(watched: Watched) -> None:
     before = watched.samples()
     peaks: dict[str, float] = {}
-    with scraping(watched, peaks), Client(watched.server.grpc_url) as client, ThreadPoolExecutor(8) as pool:
+    with (
+        scraping(watched, peaks),
+        Client(watched.server.grpc_url, retry=Retry(retries=0)) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
         # Its steps take longer than the gauges' half second, and what matters less waits for all of them.
         done = [pool.submit(client.generate, SECRET, steps=50, width=160, height=160, num_images=4)]
         assert eventually(lambda: peaks.get("diffuserve_requests_active"))
@@ -256,6 +260,6 @@ def test_metrics_that_are_switched_off_do_not_stop_the_server(deployment: Path, 
         log_file=tmp_path / "triton.log",
         triton_arguments=("--allow-metrics=false",),
     )
-    with TritonServer(options) as server, Client(server.grpc_url) as client:
+    with TritonServer(options) as server, Client(server.grpc_url, retry=Retry(retries=0)) as client:
         server.wait_ready()
         assert client.generate("a circle", steps=1).image.size == (64, 64)
