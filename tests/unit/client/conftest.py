@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
+from blocking import Blocking
 from diffuserve_client import Client, Retry, Timeout
 from unit.client.fake_triton import FakeTriton, Script, answer
 
@@ -29,8 +31,14 @@ def fake(serve: Serve) -> FakeTriton:
     return serve(answer)
 
 
+@pytest.fixture(params=[Client, Blocking], ids=["Client", "AsyncClient"])
+def client_class(request: pytest.FixtureRequest) -> Any:
+    """The class of the client: both do the same."""
+    return request.param
+
+
 @pytest.fixture
-def client(fake: FakeTriton) -> Iterator[Client]:
+def client(client_class: Any, fake: FakeTriton) -> Iterator[Client]:
     # Far above what any test takes, below the tests' own limit, so that a hang is told as what it is.
-    with Client(fake.url, timeout=Timeout(total=60, connect=30), retry=Retry(retries=0)) as client:
+    with client_class(fake.url, timeout=Timeout(total=60, connect=30), retry=Retry(retries=0)) as client:
         yield client

@@ -229,8 +229,8 @@ def test_an_address_is_host_and_port(url: str) -> None:
         Client(url)
 
 
-def test_a_closed_client_says_so(fake: FakeTriton) -> None:
-    with Client(fake.url) as client:
+def test_a_closed_client_says_so(client_class: Any, fake: FakeTriton) -> None:
+    with client_class(fake.url) as client:
         client.generate("a")
     with pytest.raises(RuntimeError, match="the client is closed"):
         client.generate("a")

@@ -146,10 +146,10 @@ def test_bad_values_never_reach_the_server(client: Client, fake: FakeTriton) -> 
     assert fake.requests == []
 
 
-def test_the_deadline_ends_the_wait_and_the_servers_work(fake: FakeTriton) -> None:
+def test_the_deadline_ends_the_wait_and_the_servers_work(client_class: Any, fake: FakeTriton) -> None:
     fake.script = silence
     started = time.monotonic()
-    with Client(fake.url, timeout=Timeout(total=0.5, connect=30), retry=ONCE) as client:
+    with client_class(fake.url, timeout=Timeout(total=0.5, connect=30), retry=ONCE) as client:
         with pytest.raises(DeadlineError, match=r"not done within 0\.5 s, 0 of 1 images"):
             client.generate("a")
         assert time.monotonic() - started < 10
@@ -157,11 +157,11 @@ def test_the_deadline_ends_the_wait_and_the_servers_work(fake: FakeTriton) -> No
 
 
 @pytest.fixture
-def hasty(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+def hasty(client_class: Any, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """A client that takes 0.3 s of silence for a death; no real one may ask for signs of life so often."""
     for module in (_timeout, diffuserve.request):
         monkeypatch.setattr(module, "MIN_HEARTBEAT_MS", 100)
-    with Client(fake.url, timeout=Timeout(total=60, connect=30, stall=0.3), retry=ONCE) as client:
+    with client_class(fake.url, timeout=Timeout(total=60, connect=30, stall=0.3), retry=ONCE) as client:
         yield client
 
 
@@ -225,7 +225,7 @@ def test_leaving_a_stream_cancels_it(client: Client, fake: FakeTriton) -> None:
         yield from silence(fake, request)
 
     fake.script = one_then_silence
-    with closing(client.stream(GenerateRequest(prompt="a"))) as events:
+    with closing(client.stream(GenerateRequest(prompt="a", progress_every=1))) as events:
         assert next(events) == typed(progress(1, 20))
         assert not fake.over.is_set()
     assert fake.over.wait(10)
@@ -245,18 +245,18 @@ def test_an_error_in_on_progress_cancels(client: Client, fake: FakeTriton) -> No
     assert fake.over.wait(10)
 
 
-def test_ctrl_c_cancels(client: Client, fake: FakeTriton) -> None:
+def test_ctrl_c_cancels(fake: FakeTriton) -> None:
     def interrupted(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
         os.kill(os.getpid(), signal.SIGINT)
         yield from silence(fake, request)
 
     fake.script = interrupted
-    with pytest.raises(KeyboardInterrupt):
+    with Client(fake.url) as client, pytest.raises(KeyboardInterrupt):
         client.generate("a")
     assert fake.over.wait(10)
 
 
-def test_closing_the_client_cancels_what_runs_in_other_threads(fake: FakeTriton) -> None:
+def test_closing_the_client_cancels_what_runs_elsewhere(client_class: Any, fake: FakeTriton) -> None:
     begun = threading.Event()
 
     def begin(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
@@ -264,7 +264,7 @@ def test_closing_the_client_cancels_what_runs_in_other_threads(fake: FakeTriton)
         yield from silence(fake, request)
 
     fake.script = begin
-    client = Client(fake.url)
+    client = client_class(fake.url)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.generate, "a")
         assert begun.wait(10)
@@ -300,11 +300,11 @@ def test_a_name_that_does_not_resolve() -> None:
         client.generate("a")
 
 
-def test_something_that_accepts_and_says_nothing() -> None:
+def test_something_that_accepts_and_says_nothing(client_class: Any) -> None:
     with socket.create_server(("localhost", 0)) as listener:
         url = f"localhost:{listener.getsockname()[1]}"
         with (
-            Client(url, timeout=Timeout(connect=0.3), retry=ONCE) as client,
+            client_class(url, timeout=Timeout(connect=0.3), retry=ONCE) as client,
             pytest.raises(ConnectionFailedError, match=r"no answer within 0\.3 s"),
         ):
             client.generate("a")
@@ -315,13 +315,13 @@ def test_something_that_accepts_and_says_nothing() -> None:
             client.generate("a")
 
 
-def test_a_grpc_server_that_is_no_triton() -> None:
+def test_a_grpc_server_that_is_no_triton(client_class: Any) -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("localhost:0")
     server.start()
     try:
         with (
-            Client(f"localhost:{port}", retry=ONCE) as client,
+            client_class(f"localhost:{port}", retry=ONCE) as client,
             pytest.raises(ConnectionFailedError, match="does not speak Triton's gRPC protocol"),
         ):
             client.generate("a")
@@ -329,14 +329,14 @@ def test_a_grpc_server_that_is_no_triton() -> None:
         server.stop(0).wait()
 
 
-def test_a_server_that_dies_mid_stream() -> None:
+def test_a_server_that_dies_mid_stream(client_class: Any) -> None:
     command = [sys.executable, str(Path(__file__).with_name("fake_triton.py"))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             url = f"localhost:{int(process.stdout.readline())}"
             with (
-                Client(url, timeout=60, retry=ONCE) as client,
+                client_class(url, timeout=60, retry=ONCE) as client,
                 pytest.raises(ConnectionFailedError, match=r"the connection to .* was lost, 0 of 1 images received"),
             ):
                 client.generate("a", on_progress=lambda _: process.kill())
