@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Generator
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from diffuserve_client import AsyncClient
@@ -14,14 +15,18 @@ __all__ = ["Blocking"]
 _T = TypeVar("_T")
 
 
+@lru_cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for the whole process: gRPC's event loops of several threads get into each other's way."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="asyncio", daemon=True).start()
+    return loop
+
+
 class Blocking:
-    """An AsyncClient in an event loop of its own, in a thread; each call waits for what the client's returns."""
+    """An AsyncClient in an event loop of another thread; each call waits for what the client's returns."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-
         async def make() -> AsyncClient:
             return AsyncClient(*arguments, **options)
 
@@ -32,7 +37,7 @@ class Blocking:
         async def run() -> _T:
             return await awaitable
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(run(), _loop()).result()
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
         return self._wait(self.client.generate(*arguments, **options))
@@ -76,11 +81,6 @@ class Blocking:
 
     def close(self) -> None:
         self._wait(self.client.aclose())
-
-    def __del__(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
     def __enter__(self) -> Blocking:
         return self

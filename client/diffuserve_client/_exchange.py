@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -55,6 +56,7 @@ CHANNEL_OPTIONS: Final = (
 )
 
 _DATATYPES: Final = {spec.name: spec.datatype for spec in INPUTS}
+_TLS_FAILED: Final = re.compile(r"SSL|TSI_|\bTls\b|verification check")
 _UNKNOWN_MODEL: Final = "Request for unknown model"
 
 
@@ -231,11 +233,24 @@ def connect_failure(code: Any, details: str | None, *, url: str, timeout: Timeou
         reason = f"it does not speak Triton's gRPC protocol: {details}"
     else:
         reason = _cause(details or code.name)
+        if _TLS_FAILED.search(reason):
+            return _no_tls(url, reason)
+        if "Socket closed" in reason:
+            reason = "it hung up at once, as one does that expects TLS, or no gRPC"
     return ConnectionFailedError(
         f"cannot reach a server at {url} ({reason}); start it (make serve) or correct the address, which is host:port "
         "of its gRPC port",
         url=url,
     )
+
+
+def _no_tls(url: str, reason: str) -> DiffuserveError:
+    if "WRONG_VERSION_NUMBER" in reason:
+        reason, remedy = "it does not speak TLS", "connect without tls, or let the server speak it"
+    else:
+        remedy = "correct tls: ca must be the authority that signed the server's certificate, and the certificate's "
+        remedy += "name the address's, or server_name"
+    return ConnectionFailedError(f"TLS with the server at {url} failed ({reason}); {remedy}", url=url)
 
 
 def _deadline(timeout: Timeout, url: str, progress: str) -> DeadlineError:

@@ -89,11 +89,13 @@ def silence(fake: FakeTriton, _: GenerateRequest) -> Iterator[Any]:
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # gRPC comes untyped
     """`requests` is what came in, `heartbeats` how often each wants signs of life.
 
-    `over` is set when a request is over, on whichever side.
+    `over` is set when a request is over, on whichever side; `ids` and `headers` are what came with each request.
     """
 
-    def __init__(self, script: Script = answer, address: str = "localhost:0") -> None:
+    def __init__(self, script: Script = answer, address: str = "localhost:0", credentials: Any = None) -> None:
         self.script = script
+        self.ids: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.requests: list[GenerateRequest] = []
         self.heartbeats: list[int] = []
         self.over = threading.Event()
@@ -102,7 +104,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self._pool = ThreadPoolExecutor(32)
         self._server = grpc.server(self._pool, options=unlimited)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
-        self.port: int = self._server.add_insecure_port(address)
+        self.port: int = (
+            self._server.add_insecure_port(address)
+            if credentials is None
+            else self._server.add_secure_port(address, credentials)
+        )
         self._server.start()
 
     @property
@@ -132,6 +138,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
             spec.name: spec.datatype for spec in INPUTS
         }.items()
         request = decode_request(arrays)
+        self.ids.append(message.id)
+        self.headers.append(dict(context.invocation_metadata()))
         self.heartbeats.append(request.heartbeat_ms)
         self.requests.append(replace(request, heartbeat_ms=0))
         yield from self.script(self, request)
