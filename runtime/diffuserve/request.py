@@ -24,6 +24,7 @@ __all__ = [
     "MAX_IMAGES",
     "MAX_PROMPT_BYTES",
     "MAX_SEED",
+    "MAX_STEPS",
     "MIN_HEARTBEAT_MS",
     "PROMPT_SYNTAXES",
     "RANDOM_SEED",
@@ -36,6 +37,7 @@ __all__ = [
 MAX_PROMPT_BYTES: Final = 8192
 MAX_NAME_BYTES: Final = 256
 MAX_IMAGES: Final = 16
+MAX_STEPS: Final = 150
 MAX_PRIORITY: Final = 100
 MAX_DEADLINE_MS: Final = 24 * 3600 * 1000
 MIN_HEARTBEAT_MS: Final = 1000
@@ -184,7 +186,7 @@ class GenerateRequest:
                 _check_integer(name, getattr(self, name))
         _check_range("clip_skip", self.clip_skip, 0, MOST_CLIP_SKIP, "0 leaves out no layer")
         if self.steps is not None:
-            _check_range("steps", self.steps, 1, 150)
+            _check_range("steps", self.steps, 1, MAX_STEPS)
         if self.guidance_scale is not None:
             _check_range("guidance_scale", self.guidance_scale, 0, 50)
         _check_range("guidance_rescale", self.guidance_rescale, 0, 1)
@@ -200,8 +202,8 @@ class GenerateRequest:
                 value=self.seed,
                 maximum=MAX_SEED - self.num_images + 1,
             )
-        _check_range("progress_every", self.progress_every, 0, 150, "0 is off")
-        _check_range("preview_every", self.preview_every, 0, 150, "0 is off")
+        _check_range("progress_every", self.progress_every, 0, MAX_STEPS, "0 is off")
+        _check_range("preview_every", self.preview_every, 0, MAX_STEPS, "0 is off")
         if self.heartbeat_ms:
             _check_range("heartbeat_ms", self.heartbeat_ms, MIN_HEARTBEAT_MS, MAX_DEADLINE_MS, "0 is off")
         _check_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY, "higher goes first")
