@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -24,12 +24,15 @@ from diffuserve.images import (
     read_pictures,
     resized,
 )
+from diffuserve.lora.catalog import LoraCatalog
 from diffuserve.lora.folder import CheckpointLoras, LoraFolder
 from diffuserve.manifest import Deployment, Manifest
 from diffuserve.prompts import EmbeddingFolder
 from diffuserve.request import (
     DEFAULT_CONTROL_SCALE,
     DEFAULT_STRENGTH,
+    MAX_IMAGES,
+    MAX_STEPS,
     RANDOM_SEED,
     GenerateRequest,
     ResolvedRequest,
@@ -69,9 +72,46 @@ class Checkpoint:
         folder = embeddings or EmbeddingFolder(deployment.embeddings)
         self.condition = Conditioner(self.manifest, deployment.folder(name), runner, folder)
         #: What LoRAs do to it.
-        self.loras = CheckpointLoras(self.manifest, loras or LoraFolder(deployment.loras))
+        loras = loras or LoraFolder(deployment.loras)
+        self.loras = CheckpointLoras(self.manifest, loras)
+        self._catalog = LoraCatalog(name, loras, self.loras)
         self._compile = TrajectoryCompiler(self.manifest.scheduler)
         self._tells_masks = self.manifest.conditioning.sample == SAMPLE_INPAINT
+
+    def told(self, until: float) -> dict[str, Any]:
+        """What `status` tells of it: what it takes, and what it uses where a request says nothing.
+
+        Files of LoRA that were not looked at before are left for the next time, once the monotonic clock says `until`.
+        """
+        manifest, conditioning = self.manifest, self.manifest.conditioning
+        size = manifest.size
+        side = {"minimum": size.min, "default": size.opt, "maximum": size.max, "step": size.step}
+        return {
+            **self._catalog.told(until),  # first: the samplers take a moment when they are asked for the first time
+            "family": manifest.family,
+            "prediction_type": self._compile.prediction_type,
+            "limits": {
+                "width": side,
+                "height": side,
+                "steps": MAX_STEPS,
+                "num_images": MAX_IMAGES,
+                "rows": manifest.max_rows(UNET, size.opt, size.opt),
+                "clip_skip": conditioning.clip_skip,
+                "init_image": VAE_ENCODER in manifest.components,
+                "mask_image": VAE_ENCODER in manifest.components,
+                "needs_mask": self._tells_masks,
+                "control_image": conditioning.control,
+                "lora_rank": self.loras.rank,
+            },
+            "defaults": {
+                "width": size.opt,
+                "height": size.opt,
+                "steps": manifest.steps,
+                "guidance_scale": manifest.guidance_scale,
+                "sampler": self._compile.default,
+            },
+            "samplers": self._compile.samplers(manifest.steps),
+        }
 
     def resolve(self, request: GenerateRequest) -> ResolvedRequest:
         """Fill in the checkpoint's defaults.

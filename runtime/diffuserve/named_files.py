@@ -10,12 +10,13 @@ name is looked up in the folder's list and never made into a path, and a file is
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import re
 import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -82,6 +83,23 @@ class NamedFiles:
 
     def content(self, path: Path) -> tuple[Seen, bytes]:
         """A file's bytes, and what it was then. Raises OSError, or ValueError with what is wrong with the file."""
+        with self._opened(path) as (file, found):
+            content = file.read(self._max_bytes)
+            if seen(os.fstat(file.fileno())) != seen(found):
+                raise ValueError("changed while it was read; write it elsewhere, and move it here when it is whole")
+            return seen(found), content
+
+    def header(self, path: Path, most: int) -> tuple[int, bytes]:
+        """A file's size, and its first bytes: eight that hold the header's length, and the header, at most `most`.
+
+        Raises as `content` does.
+        """
+        with self._opened(path) as (file, found):
+            length = file.read(8)
+            return found.st_size, length + file.read(min(most, int.from_bytes(length, "little")))
+
+    @contextlib.contextmanager
+    def _opened(self, path: Path) -> Iterator[tuple[io.BufferedReader, os.stat_result]]:
         real = path.resolve(strict=True)
         if not real.is_relative_to(self._root.resolve()):
             raise ValueError("is a link out of the folder; put the file itself there")
@@ -93,10 +111,7 @@ class NamedFiles:
                 raise ValueError("is no file")
             if found.st_size > self._max_bytes:
                 raise ValueError(f"has {found.st_size} bytes, and at most {self._max_bytes} are read")
-            content = file.read(self._max_bytes)
-            if seen(os.fstat(descriptor)) != seen(found):
-                raise ValueError("changed while it was read; write it elsewhere, and move it here when it is whole")
-            return seen(found), content
+            yield file, found
 
 
 def seen(found: os.stat_result) -> Seen:

@@ -21,6 +21,7 @@ from typing import Final
 
 import torch
 
+from diffuserve import __version__
 from diffuserve.checkpoint import Checkpoint
 from diffuserve.components import ComponentRunner
 from diffuserve.engine import (
@@ -54,6 +55,7 @@ from diffuserve.rollout.live import LiveRollout
 from diffuserve.snapshot import ImageState, Snapshot, decode_snapshot, encode_snapshot
 from diffuserve.spec import UNET
 from diffuserve.telemetry import Telemetry
+from diffuserve.wire import WIRE_VERSION
 from diffuserve.workers import Workers
 
 __all__ = ["DiffusionService", "Reply"]
@@ -61,6 +63,7 @@ __all__ = ["DiffusionService", "Reply"]
 _log: Final = logging.getLogger(__name__)
 
 _TRIALS: Final = 3
+_LOOK_AT_LORAS_S: Final = 0.05  # in one answer to `status`, by which others tell whether the server lives
 _FINISH_WORKERS: Final = 2  # one picture's file is written while the next is decoded
 
 
@@ -249,11 +252,15 @@ class DiffusionService:
     def status(self) -> dict[str, object]:
         """What the server is doing, for whoever watches it."""
         kept = self._keeper.status()
+        until = time.monotonic() + _LOOK_AT_LORAS_S
         for name, one in kept["checkpoints"].items():
             one["weight"] = self.weight(name)
+            one.update(self._checkpoints[name].told(until))
         with self._lock:
             waiting = sum(job.is_waiting() for job in self._jobs)
             return {
+                "version": __version__,
+                "wire_version": WIRE_VERSION,
                 "state": "draining" if self._draining else "serving",
                 "waiting": waiting,
                 "active": len(self._jobs) - waiting,

@@ -18,12 +18,15 @@ import numpy as np
 import pytest
 import torch
 
+from diffuserve import __version__
 from diffuserve.manifest import Deployment
+from diffuserve.sampling.names import SAMPLER_NAMES
 from diffuserve.server import ServerOptions, TritonServer
+from diffuserve.wire import WIRE_VERSION
 from diffuserve_client import Client, DiffuserveError, GenerateRequest, InvalidArgumentError, NotFoundError, Retry
 from integration.family_cases import difference
 from integration.lora_cases import LoraCase, factors_of, kohya, named_by_diffusers, pictured, put_lora
-from integration.test_telemetry import open_url
+from integration.test_telemetry import eventually, open_url
 from shapes_recipe.oracle import agrees
 from shapes_recipe.world import BAR, Scene, by_night
 
@@ -199,6 +202,30 @@ def test_bad_files_and_names_are_refused_and_nothing_else_is_disturbed(
                     client_of_loras.generate("a circle", loras=[lora], steps=1)
         refused.set()
         assert difference(np.asarray(picture.result(60)).astype(int), alone.astype(int)) <= 1
+
+
+def test_status_tells_what_may_be_asked(
+    client_of_loras: Client, served: Any, loras: Path, lora_deployment: Deployment
+) -> None:
+    _bad_files(loras, lora_deployment)
+    status = eventually(lambda: _told_of_bad_files(client_of_loras))
+    assert (status["version"], status["wire_version"]) == (__version__, WIRE_VERSION)
+    told = status["checkpoints"]["sd15"]
+    usable = {one for one in told["loras"] if one.startswith("bad-")}
+    assert usable == {"bad-nan", "bad-rank:truncate"}, "what only the numbers tell is found when it is asked for"
+    assert {"night", "bar"} < set(told["loras"])
+    assert told["limits"]["lora_rank"] == 8
+    assert told["limits"]["width"] == {"minimum": 32, "default": 64, "maximum": 192, "step": 16}
+    assert set(told["samplers"]) == set(SAMPLER_NAMES)
+    begun = time.monotonic()
+    assert served[0].status() is not None
+    assert time.monotonic() - begun < 1, "it is what tells that the server lives"
+
+
+def _told_of_bad_files(client: Client) -> Any:
+    status = client.status()
+    told = status["checkpoints"]["sd15"]
+    return status if "bad-rank:truncate" in told["loras"] and not told["loras_not_looked_at"] else None
 
 
 def _refused_over_http(server: TritonServer, lora: str, said: str) -> None:

@@ -15,9 +15,10 @@ from diffuserve.checkpoint import Checkpoint
 from diffuserve.components import InProcessRunner
 from diffuserve.errors import InvalidArgumentError, UnsupportedError
 from diffuserve.images import image_from_pixels
-from diffuserve.manifest import Range
+from diffuserve.manifest import Conditioning, Range
 from diffuserve.request import GenerateRequest
-from unit.fakes import FakeModels, write_deployment
+from diffuserve.sampling.names import SAMPLER_NAMES
+from unit.fakes import SCHEDULER, FakeModels, write_deployment
 
 
 @pytest.fixture
@@ -75,6 +76,48 @@ def test_what_cannot_be_is_refused_at_admission(
 def test_too_many_steps_for_a_distilled_sampler_are_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(UnsupportedError, match="at most 50"):
         checkpoint.trajectory(checkpoint.resolve(ask(sampler="lcm", steps=51)))
+
+
+def test_it_tells_what_it_takes(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    told = checkpoint.told(0.0)
+    side = {"minimum": 32, "default": 64, "maximum": 192, "step": 16}
+    assert (told["family"], told["prediction_type"]) == ("sd15", "epsilon")
+    assert told["limits"] == {
+        "width": side,
+        "height": side,
+        "steps": 150,
+        "num_images": 16,
+        "rows": 64,
+        "clip_skip": 12,
+        "init_image": True,
+        "mask_image": True,
+        "needs_mask": False,
+        "control_image": False,
+        "lora_rank": 0,
+    }
+    assert told["defaults"] == {"width": 64, "height": 64, "steps": 20, "guidance_scale": 7.5, "sampler": "pndm"}
+    assert told["samplers"] == SAMPLER_NAMES
+    assert (told["loras"], told["loras_not_looked_at"]) == ((), 0)
+    conditioning = Conditioning(control=True, sample=("latents", "mask", "masked_latents"), clip_skip=1)
+    other = write_deployment(tmp_path / "other", "fake", conditioning=conditioning, steps=4)
+    told = Checkpoint(other, "fake", FakeModels().runner()).told(0.0)
+    assert {"needs_mask": True, "control_image": True, "clip_skip": 1}.items() <= told["limits"].items()
+
+
+def test_it_tells_only_of_samplers_that_its_config_allows(tmp_path: Path) -> None:
+    config = {**SCHEDULER, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    deployment = write_deployment(tmp_path, "fake", scheduler={**config, "_class_name": "DDIMScheduler"})
+    checkpoint = Checkpoint(deployment, "fake", FakeModels().runner())
+    told = checkpoint.told(0.0)
+    assert told["prediction_type"] == "v_prediction"
+    assert told["samplers"]
+    assert set(told["samplers"]) < set(SAMPLER_NAMES)
+    for name in SAMPLER_NAMES:
+        if name in told["samplers"]:
+            checkpoint.trajectory(checkpoint.resolve(ask(sampler=name)))
+        else:
+            with pytest.raises(UnsupportedError):
+                checkpoint.trajectory(checkpoint.resolve(ask(sampler=name)))
 
 
 def test_large_pictures_go_through_the_autoencoder_in_tiles(tmp_path: Path) -> None:

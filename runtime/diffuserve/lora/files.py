@@ -26,17 +26,27 @@ import torch
 
 from diffuserve.spec import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 
-__all__ = ["MAX_FILE_BYTES", "MAX_RANK", "LoraFile", "LoraModule", "Place", "listed", "parse_lora_file"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "MAX_HEADER_BYTES",
+    "MAX_RANK",
+    "LoraFile",
+    "LoraModule",
+    "Place",
+    "listed",
+    "parse_lora_file",
+    "parse_lora_header",
+]
 
 #: A LoRA of rank 128 for all layers of SDXL takes 700 MB in half precision.
 MAX_FILE_BYTES: Final = 1 << 30
 MAX_RANK: Final = 256
 #: Trainers' notes are in the header, too; those of large data sets take a megabyte.
-_MAX_HEADER_BYTES: Final = 4 << 20
+MAX_HEADER_BYTES: Final = 4 << 20
 _MAX_TENSORS: Final = 10_000
 #: Factors of trained files are below 10.
 _MAX_VALUE: Final = 10_000.0
-_DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMED_LAYERS: Final = 5  # in an error's message
 
 _FACTOR: Final = re.compile(
@@ -107,26 +117,67 @@ class LoraFile:
 
 def parse_lora_file(content: bytes) -> LoraFile:
     """Raises ValueError with what is wrong with the file, and the names of the layers that it is about."""
+    length = _header_length(content)
+    try:
+        tensors = safetensors.torch.load(content)
+        configs = _configs(json.loads(content[8 : 8 + length]))
+    except Exception as error:  # SafetensorError, and others for what its header may say
+        raise ValueError(f"is no safetensors file, or not whole ({error})") from error
+    modules = _modules(tensors, configs)
+    for place, module in modules.items():
+        _check_values(place, module)
+    return LoraFile(hashlib.sha256(content).hexdigest(), modules)
+
+
+def parse_lora_header(content: bytes, size: int) -> LoraFile:
+    """What the first bytes of a file of `size` tell, its header's length and its header.
+
+    The factors are zeros, which take no memory, and so is every alpha; there is no digest. Raises ValueError as
+    `parse_lora_file` does, but for what only the numbers tell.
+    """
+    length = _header_length(content)
+    try:
+        header = json.loads(content[8 : 8 + length])
+        configs = _configs(header)
+        tensors = {name: _zeros(one) for name, one in header.items() if name != "__metadata__"}
+        end = max((one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"), default=0)
+    except Exception as error:  # whatever the header may say
+        raise ValueError(f"is no safetensors file, or not whole ({error})") from error
+    if end != size - 8 - length:
+        raise ValueError("is no safetensors file, or not whole")
+    return LoraFile("", _modules(tensors, configs))
+
+
+def _header_length(content: bytes) -> int:
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > len(content) - 8:
         raise ValueError("is no safetensors file, or not whole")
-    if length > _MAX_HEADER_BYTES:
-        raise ValueError(f"has a header of {length} bytes, and at most {_MAX_HEADER_BYTES} are read")
-    try:
-        tensors = safetensors.torch.load(content)
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-        configs = json.loads(metadata.get(_METADATA) or "{}")
-    except Exception as error:  # SafetensorError, and others for what its header may say
-        raise ValueError(f"is no safetensors file, or not whole ({error})") from error
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"has a header of {length} bytes, and at most {MAX_HEADER_BYTES} are read")
+    return length
+
+
+def _configs(header: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's config of every part, as "part.key"."""
+    configs = json.loads((header.get("__metadata__") or {}).get(_METADATA) or "{}")
+    return configs if isinstance(configs, dict) else {}
+
+
+def _zeros(told: Mapping[str, Any]) -> torch.Tensor:
+    """A tensor of zeros as the header tells of one; of a type that no factor has, where it has none that one may."""
+    return torch.zeros((), dtype=_DTYPES.get(told["dtype"], torch.float64)).expand(told["shape"])
+
+
+def _modules(tensors: Mapping[str, torch.Tensor], configs: Mapping[str, Any]) -> dict[Place, LoraModule]:
     if not 0 < len(tensors) <= _MAX_TENSORS:
         raise ValueError(f"has {len(tensors)} tensors, and must have 1 to {_MAX_TENSORS}")
     factors, alphas = _sorted(tensors)
     _check_convolutions(factors)
-    scales = _Scales(configs if isinstance(configs, dict) else {}, alphas)
+    scales = _Scales(configs, alphas)
     modules = {place: _module(place, pair, scales) for place, pair in factors.items()}
     if orphans := [place for place in alphas if place not in modules]:
         raise ValueError(f"has an alpha and no factors for {listed(orphans)}")
-    return LoraFile(hashlib.sha256(content).hexdigest(), modules)
+    return modules
 
 
 _Pairs = dict[Place, dict[str, torch.Tensor]]
@@ -212,15 +263,19 @@ def _check_convolutions(factors: _Pairs) -> None:
 
 def _matrix(place: Place, tensor: torch.Tensor) -> torch.Tensor:
     """A factor as a matrix; of a 1x1 convolution without its last two sides."""
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in _DTYPES.values():
         raise ValueError(
             f"has values in {tensor.dtype} for {listed([place])}, and float32, float16 and bfloat16 are read"
         )
     if tensor.ndim not in (2, 4) or not tensor.numel():
         raise ValueError(f"has a factor of shape {list(tensor.shape)} for {listed([place])}")
-    if not tensor.abs().max() <= _MAX_VALUE:  # written so that a NaN fails
-        raise ValueError(f"has values that are not finite, or beyond {_MAX_VALUE:g}, for {listed([place])}")
     return tensor.flatten(1)
+
+
+def _check_values(place: Place, module: LoraModule) -> None:
+    for factor in (module.down, module.up):
+        if not factor.abs().max() <= _MAX_VALUE:  # written so that a NaN fails
+            raise ValueError(f"has values that are not finite, or beyond {_MAX_VALUE:g}, for {listed([place])}")
 
 
 def listed(layers: list[Place] | list[str]) -> str:

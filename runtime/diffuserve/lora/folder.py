@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 from diffuserve.components import input_type
 from diffuserve.errors import InvalidArgumentError, NotFoundError, UnsupportedError
 from diffuserve.lora.choice import LoraChoice, LoraKey, lora_key, parse_loras
-from diffuserve.lora.files import MAX_FILE_BYTES, LoraFile, parse_lora_file
+from diffuserve.lora.files import MAX_FILE_BYTES, MAX_HEADER_BYTES, LoraFile, parse_lora_file, parse_lora_header
 from diffuserve.lora.layout import LORA
 from diffuserve.lora.packing import Adapter, Fitted, Places, Share, packed, required_rank
 from diffuserve.manifest import Manifest
@@ -53,8 +53,7 @@ class LoraFolder:
 
         Raises NotFoundError, or InvalidArgumentError where it cannot be used.
         """
-        with self._lock:
-            paths = self._files.of(checkpoint).get(name.lower())
+        paths = self.paths(checkpoint).get(name.lower())
         if not paths:
             raise NotFoundError(
                 f"loras names {name}, and there is no {name}.safetensors in the folder of LoRAs; put it there, or "
@@ -69,6 +68,16 @@ class LoraFolder:
         except (OSError, ValueError) as error:
             reason = f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
             raise unusable(name, path.name, reason) from error
+
+    def paths(self, checkpoint: str) -> Mapping[str, Sequence[Path]]:
+        """The files of each name that a request to a checkpoint may give, whatever is in them."""
+        with self._lock:
+            return self._files.of(checkpoint)
+
+    def header(self, path: Path) -> LoraFile:
+        """What a file's header tells of it; see `parse_lora_header`. Raises OSError or ValueError."""
+        size, content = self._files.header(path, MAX_HEADER_BYTES)
+        return parse_lora_header(content, size)
 
     def _known(self, path: Path) -> LoraFile | None:
         found = seen(path.stat())
@@ -159,6 +168,16 @@ class CheckpointLoras:
             }
             for choice, file in zip(choices, files, strict=True)
         )
+
+    @property
+    def rank(self) -> int:
+        """What there is room for in every layer; 0 where the checkpoint takes no adapters."""
+        return min((layout.rank for layout in self._layouts.values()), default=0)
+
+    def required_rank(self, file: LoraFile) -> int:
+        """The rank that a file needs on its own. Raises ValueError where it was made for other layers."""
+        share = Share(self._places.fit(file), 1.0, is_truncated=False)
+        return max(required_rank([share], layout, component) for component, layout in self._layouts.items())
 
     def _fit(self, choice: LoraChoice, file: LoraFile) -> Fitted:
         try:
