@@ -15,9 +15,10 @@ __all__ = ["Checkpoint", "Health", "checkpoints_of", "health_of"]
 class Checkpoint:
     """A deployed checkpoint.
 
-    `state` is resident, loading, leaving or absent; `limits` what it takes (sizes in pixels, and what may be given),
-    `defaults` what it uses where a request says nothing, `samplers` the samplers' names, `loras` the files of LoRA in
-    the server's folder. `told` is all that the server says of it: docs/operations.md.
+    `state` is absent, loading, resident, leaving or unloading, and `bytes` what it takes in memory. `limits` is what it
+    takes (sizes in pixels, and whether pictures and LoRAs may be given), `defaults` what it uses where a request says
+    nothing, `samplers` the names of samplers, `loras` those of the LoRAs in the server's folder that fit it; `error`
+    why it could not be loaded. docs/operations.md lists the keys; `told` is all that the server says.
     """
 
     name: str
