@@ -19,7 +19,7 @@ METRICS_PORT ?= 8002
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-engine accept-families accept-requests accept-sharing accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-lora bench-simulate simulate clean
+.PHONY: help install demo test accept-client accept-engine accept-families accept-requests accept-sharing accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-lora bench-simulate simulate clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,9 @@ demo: $(INSTALLED) ## Export the reference checkpoint, start Triton, make build/
 
 test: $(INSTALLED) ## All tests but the long ones, real Triton included
 	$(PYTHON) -m pytest --ignore tests/acceptance
+
+accept-client: $(INSTALLED) ## The client: 500 requests to a server that is killed twice, hand-over, TLS [ONLY=killed]
+	$(PYTHON) -m pytest -s --timeout 3600 $(if $(ONLY),-k "$(ONLY)") tests/acceptance/test_client_*.py
 
 accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests that fail and cancel, 200 random mixes
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_engine_soak.py tests/acceptance/test_same_picture_in_any_company.py
