@@ -84,7 +84,7 @@ def test_cancel(both: Client) -> None:
         assert both_cancels("long")
 
     # Within the client's own thread or loop, where a call that waits would wait for itself.
-    both_cancels = both.client.cancel if isinstance(both, Blocking) else both.cancel
+    both_cancels = getattr(both, "client", both).cancel
     with pytest.raises(CancelledError):
         both.generate("a", steps=150, width=128, height=128, on_progress=stop, request_id="long")
     assert not both.cancel("long")
