@@ -19,9 +19,10 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from diffuserve.errors import UnsupportedError
 from diffuserve_client._client import DEFAULT_URL, Client
 from diffuserve_client._config import read_config
+from diffuserve_client._retry import Retry
+from diffuserve_client._security import Tls
 
 __all__ = ["AsJson", "ConnectionOptions", "connection_arguments", "open_client", "with_options"]
 
@@ -113,18 +114,27 @@ class ConnectionOptions:
 def connection_arguments(options: ConnectionOptions, *, timeout: float | None = None) -> dict[str, Any]:
     """What a Client or an AsyncClient is made with. `timeout` is for where nothing else says one.
 
-    Raises InvalidArgumentError for a configuration file that cannot be meant.
+    Raises InvalidArgumentError for a configuration file, retries or TLS that cannot be meant.
     """
-    said = {one.name: getattr(options, one.name) for one in fields(options)}
     config = read_config()
-    known = {name: config.get(name) if value is None else value for name, value in said.items()}
-    urls = [part.strip() for one in known["url"] or (DEFAULT_URL,) for part in one.split(",")]
-    if given := [name for name, value in known.items() if name not in ("url", "timeout") and value is not None]:
-        raise UnsupportedError(f"{given[0]} is not known to this client; leave it out")
-    if len(urls) > 1:
-        raise UnsupportedError(f"{len(urls)} addresses are given, and this client takes one; give one")
-    seconds = timeout if known["timeout"] is None else known["timeout"]
-    return {"url": urls[0], "timeout": seconds}
+
+    def known(name: str) -> Any:
+        said = getattr(options, name)
+        return config.get(name) if said is None else said
+
+    seconds, retries = known("timeout"), known("retries")
+    return {
+        "url": [part.strip() for one in known("url") or (DEFAULT_URL,) for part in one.split(",")],
+        "timeout": timeout if seconds is None else seconds,
+        "retry": None if retries is None else Retry(retries=retries),
+        "tls": _tls(known("tls"), {name: known(f"tls_{name}") for name in ("ca", "cert", "key", "server_name")}),
+        "token": known("token"),
+    }
+
+
+def _tls(asked: bool | None, details: dict[str, str | None]) -> Tls | None:
+    """No TLS where it is refused, or neither it nor any of its details is asked for."""
+    return Tls(**details) if asked or (asked is None and any(details.values())) else None
 
 
 def open_client(options: ConnectionOptions, *, timeout: float | None = None) -> Client:

@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from diffuserve.errors import InvalidArgumentError, UnsupportedError
+from diffuserve_client import Retry, Tls
 from diffuserve_client._config import CONFIG_KEYS, config_path, read_config
 from diffuserve_client._exits import errors_as_exit_codes
 from diffuserve_client._extras import extra
@@ -51,14 +52,52 @@ def arguments_of(*options: str, timeout: float | None = None) -> dict[str, Any]:
 def test_an_option_goes_before_the_environment_and_that_before_the_file(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert arguments_of("--json") == {"url": "localhost:8001", "timeout": None}
+    assert arguments_of("--json") == {
+        "url": ["localhost:8001"],
+        "timeout": None,
+        "retry": None,
+        "tls": None,
+        "token": None,
+    }
     assert arguments_of(timeout=10.0)["timeout"] == 10
-    config.write_text("url = 'file:1'\ntimeout = 30")
-    assert arguments_of(timeout=10.0) == {"url": "file:1", "timeout": 30}
-    monkeypatch.setenv("DIFFUSERVE_URL", "environment:1")
+    config.write_text("url = 'file:1'\ntimeout = 30\nretries = 1\ntls_ca = 'ca.pem'\ntoken = 'from the file'")
+    config.chmod(0o600)
+    from_file = {
+        "url": ["file:1"],
+        "timeout": 30,
+        "retry": Retry(retries=1),
+        "tls": Tls(ca=str(config.parent / "ca.pem")),
+        "token": "from the file",
+    }
+    assert arguments_of(timeout=10.0) == from_file
+    monkeypatch.setenv("DIFFUSERVE_URL", "environment:1,environment:2")
     monkeypatch.setenv("DIFFUSERVE_TIMEOUT", "")  # as good as none
-    assert arguments_of() == {"url": "environment:1", "timeout": 30}
-    assert arguments_of("--url", "option:1", "--timeout", "1.5") == {"url": "option:1", "timeout": 1.5}
+    monkeypatch.setenv("DIFFUSERVE_TOKEN", "from the environment")
+    from_environment = {"url": ["environment:1", "environment:2"], "token": "from the environment"}
+    assert arguments_of() == {**from_file, **from_environment}
+    where = ("--url", "option:1", "--url", "option:2", "--timeout", "1.5", "--retries", "0")
+    options = (*where, "--token", "from-the-option", "--no-tls")
+    assert arguments_of(*options) == {
+        "url": ["option:1", "option:2"],
+        "timeout": 1.5,
+        "retry": Retry(retries=0),
+        "tls": None,
+        "token": "from-the-option",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "tls"),
+    [
+        (("--tls",), Tls()),
+        (("--tls-ca", "ca.pem"), Tls(ca="ca.pem")),
+        (("--tls-cert", "a.pem", "--tls-key", "b.pem"), Tls(cert="a.pem", key="b.pem")),
+        (("--tls-server-name", "gpu", "--tls"), Tls(server_name="gpu")),
+        (("--tls-server-name", "gpu", "--no-tls"), None),
+    ],
+)
+def test_any_tls_option_asks_for_it(options: tuple[str, ...], tls: Tls | None) -> None:
+    assert arguments_of(*options)["tls"] == tls
 
 
 def test_every_key_of_the_file_is_an_option() -> None:
@@ -67,8 +106,10 @@ def test_every_key_of_the_file_is_an_option() -> None:
 
 def test_the_client_is_open(config: Path) -> None:
     config.write_text("timeout = 12")
-    with open_client(ConnectionOptions(url=["localhost:1"])) as client:
+    with open_client(ConnectionOptions(url=["localhost:1", "localhost:2"])) as client:
+        assert client.urls == ("localhost:1", "localhost:2")
         assert (client.timeout.total, client.timeout.connect) == (12, 5)
+        assert client.retry == Retry()
 
 
 @pytest.mark.parametrize(
