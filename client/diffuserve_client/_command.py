@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,17 +61,10 @@ def main(
     pass
 
 
+app.command(epilog=EXIT_CODES_HELP)(models)
 app.command(epilog=DOCTOR_EXIT_CODES_HELP)(doctor)
 app.add_typer(repository, name="repository")
 app.add_typer(rollout, name="rollout")
-
-
-@app.command("models", epilog=EXIT_CODES_HELP)
-@wraps(models)
-def _models(**options: Any) -> None:
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    with errors_as_exit_codes():
-        models(**options)
 
 
 @app.command(epilog=EXIT_CODES_HELP)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any, Final
 
 import typer
 
-from diffuserve_client._client import DEFAULT_URL, Client
+from diffuserve_client._exits import errors_as_exit_codes
+from diffuserve_client._options import AsJson, ConnectionOptions, open_client, with_options
 
 __all__ = ["models"]
 
+_TIMEOUT_S: Final = 10.0
 
-def models(
-    url: Annotated[
-        str, typer.Option(envvar="DIFFUSERVE_URL", help="host:port of the server's gRPC port.")
-    ] = DEFAULT_URL,
-    timeout: Annotated[float, typer.Option(help="Seconds that the answer may take.")] = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what the server says as one JSON object.")] = False,
-) -> None:
+
+@with_options
+def models(connection: ConnectionOptions, as_json: AsJson = False) -> None:
     """List a server's checkpoints: in memory or not, bytes, last use, weight, loads."""
-    with Client(url, timeout=timeout) as client:
+    with errors_as_exit_codes(), open_client(connection, timeout=_TIMEOUT_S) as client:
         status = client.status()
     if as_json:
         typer.echo(json.dumps(status, ensure_ascii=False))

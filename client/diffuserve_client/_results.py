@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
 from diffuserve_client._events import decoded
-from diffuserve_client._files import FORMAT_OF_SUFFIX, write_atomically
+from diffuserve_client._files import FORMAT_OF_SUFFIX, numbered, write_atomically
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -25,7 +25,7 @@ class GeneratedImage:
     """One picture as the server encoded it.
 
     `data` is the encoded picture in `format` (png, jpeg, webp), also where base64 carried it here; `info` holds
-    what the server tells of it.
+    what the server tells of it; `request` is what it was asked for with.
     """
 
     index: int
@@ -33,14 +33,18 @@ class GeneratedImage:
     format: str
     data: bytes = field(repr=False)
     info: Mapping[str, Any]
+    request: GenerateRequest = field(repr=False)
 
     @cached_property
     def image(self) -> PIL.Image.Image:
         """The picture decoded, the first time it is asked for. Raises OSError where it cannot be."""
         return decoded(self.data)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the encoded picture as it came; the file is whole or not there.
+    def save(self, path: str | os.PathLike[str], *, metadata: bool = True) -> Path:
+        """Write the encoded picture, its pixels as they came; the file is whole or not there.
+
+        With `metadata` the file says how it was made: the web UIs' `parameters`, and what GenerateRequest.from_image
+        reads. A picture that is not whole is written as it came.
 
         Raises InvalidArgumentError where the name says another format, OSError where it cannot be written.
         """
@@ -53,8 +57,16 @@ class GeneratedImage:
                 input="path",
                 value=path.name,
             )
-        write_atomically(path, self.data)
+        write_atomically(path, self._with_metadata() if metadata else self.data)
         return path
+
+    def _with_metadata(self) -> bytes:
+        from diffuserve.metadata import Record, with_record
+
+        try:
+            return with_record(self.data, self.format, Record.of(self.request, self.format, self.seed, self.info))
+        except ValueError:
+            return self.data
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,14 @@ class GenerateResult:
         """The first picture, decoded."""
         return self.images[0].image
 
+    def save(self, path: str | os.PathLike[str], *, metadata: bool = True) -> tuple[Path, ...]:
+        """Save every picture: one as `path`, several as out-0.png, out-1.png and so on. Raises as GeneratedImage.save.
+
+        Returns the files' paths.
+        """
+        paths = numbered(Path(path), len(self.images))
+        return tuple(image.save(one, metadata=metadata) for image, one in zip(self.images, paths, strict=True))
+
 
 def result_from(
     request: GenerateRequest, events: Iterable[Event], request_id: str = "", index: int = 0
@@ -87,6 +107,7 @@ def result_from(
             format=event.info.get("image_format", request.image_format),
             data=event.data,
             info=event.info,
+            request=request,
         )
         for event in events
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
@@ -21,6 +22,7 @@ __all__ = [
     "EVENT_KINDS",
     "IMAGE_ENCODINGS",
     "IMAGE_FORMATS",
+    "INPUT_PICTURES",
     "MAX_IMAGES",
     "MAX_PROMPT_BYTES",
     "MAX_SEED",
@@ -61,7 +63,8 @@ EVENT_KINDS: Final[tuple[EventKind, ...]] = (
     "status",
 )
 
-_BYTES: Final = ("init_image", "mask_image", "control_image", "resume")
+INPUT_PICTURES: Final = ("init_image", "mask_image", "control_image")
+_BYTES: Final = (*INPUT_PICTURES, "resume")
 #: What may be asked of a request that is resumed; all else is in its snapshot.
 _BESIDE_RESUME: Final = (
     "progress_every",
@@ -248,6 +251,28 @@ class GenerateRequest:
                 "mask_image is given without init_image, the picture that it is a mask of; give both, or neither",
                 input="mask_image",
             )
+
+    @classmethod
+    def from_image(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        init_image: bytes = b"",
+        mask_image: bytes = b"",
+        control_image: bytes = b"",
+    ) -> GenerateRequest:
+        """The request that makes the picture of a file again: one that `GeneratedImage.save` wrote.
+
+        The pictures that it was made with are not in the file: they are given, and checked by their digests. Of a
+        picture that a web UI of Stable Diffusion saved, what its text says is asked for.
+
+        Raises InvalidArgumentError for a file that does not say how it was made, and for pictures that are missing
+        or are others.
+        """
+        from diffuserve.metadata import read_record
+
+        pictures = {"init_image": init_image, "mask_image": mask_image, "control_image": control_image}
+        return read_record(path).request(**pictures)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

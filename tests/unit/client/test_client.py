@@ -182,14 +182,31 @@ def test_threads_share_a_client_and_get_their_own_pictures(client: Client, fake:
     ]
 
 
-def test_save_writes_the_bytes_that_came(client: Client, tmp_path: Path) -> None:
-    (only,) = client.generate("a").images
+def test_save_writes_the_picture_and_how_it_was_made(client: Client, tmp_path: Path) -> None:
+    result = client.generate("a", init_image=b"a picture")
+    (only,) = result.images
     assert only.save(tmp_path / "a.png") == tmp_path / "a.png"
-    assert (tmp_path / "a.png").read_bytes() == only.data
-    assert only.save(str(tmp_path / "no suffix")).read_bytes() == only.data
+    asked = replace(result.request, seed=7, sampler="ddim")
+    assert GenerateRequest.from_image(tmp_path / "a.png", init_image=b"a picture") == asked
+    assert only.save(str(tmp_path / "no suffix"), metadata=False).read_bytes() == only.data
     with PIL.Image.open(tmp_path / "a.png") as opened:
         assert opened.format == "PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "no suffix"]
+
+
+def test_a_result_saves_all_its_pictures(client: Client, tmp_path: Path) -> None:
+    result = client.generate("a", num_images=2, image_format="webp")
+    paths = result.save(tmp_path / "a.webp")
+    assert [path.name for path in paths] == ["a-0.webp", "a-1.webp"]
+    assert [GenerateRequest.from_image(path).seed for path in paths] == [7, 8]
+    (one,) = result.save(tmp_path / "a-1.webp", metadata=False)[1:]
+    assert one.read_bytes() == result.images[1].data
+
+
+def test_what_is_no_picture_is_saved_as_it_came(fake: FakeTriton, client: Client, tmp_path: Path) -> None:
+    fake.script = lambda fake, request: iter([response(image(data=b"no picture"), final=True)])
+    (path,) = client.generate("a").save(tmp_path / "a.png")
+    assert path.read_bytes() == b"no picture"
 
 
 def test_save_refuses_a_name_that_says_another_format(client: Client, tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Options that commands share: a dataclass of options, and one parameter of a command for all of them.
+
+@with_options
+def ask(prompt: Annotated[str, typer.Argument()], connection: ConnectionOptions) -> None:
+    with errors_as_exit_codes(), open_client(connection) as client:
+        ...
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from diffuserve_client._client import DEFAULT_URL, Client
+from diffuserve_client._config import read_config
+from diffuserve_client._retry import Retry
+from diffuserve_client._security import Tls
+
+__all__ = ["AsJson", "ConnectionOptions", "connection_arguments", "open_client", "with_options"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer should see it: a parameter of a dataclass's type is an option for each of its fields."""
+    hints = get_type_hints(command, include_extras=True)
+    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
+    parameters = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            parameters += _parameters(groups[parameter.name])
+        else:
+            as_keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(parameter.replace(kind=as_keyword, annotation=hints[parameter.name]))
+
+    @wraps(command)
+    def expanded(**given: Any) -> None:
+        for name, kind in groups.items():
+            given[name] = kind(**{one.name: given.pop(one.name) for one in fields(kind)})
+        command(**given)
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what inspect looks for
+    expanded.__annotations__ = {one.name: one.annotation for one in parameters}
+    return expanded
+
+
+def _parameters(kind: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind, include_extras=True)
+
+    def default(one: Field[Any]) -> Any:
+        return inspect.Parameter.empty if one.default is MISSING else one.default
+
+    return [
+        inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default(one), annotation=hints[one.name])
+        for one in fields(kind)
+    ]
+
+
+def _option(variable: str, text: str, **more: Any) -> Any:
+    return typer.Option(envvar=f"DIFFUSERVE_{variable}", help=text, rich_help_panel="Connection", **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionOptions:
+    """Which servers, and on what terms. None: what the configuration file says, else the client's default.
+
+    Typer reads the environment where an option is not given.
+    """
+
+    url: Annotated[
+        list[str] | None,
+        _option(
+            "URL",
+            "host:port of a server's gRPC port; several times, or with commas, for several servers. "
+            f"[default: {DEFAULT_URL}]",
+        ),
+    ] = None
+    timeout: Annotated[float | None, _option("TIMEOUT", "Seconds that a request may take in all.")] = None
+    retries: Annotated[
+        int | None,
+        _option("RETRIES", "How often a request is tried again where a server is lost or shuts down; 0 is off."),
+    ] = None
+    token: Annotated[
+        str | None,
+        _option(
+            "TOKEN",
+            "A bearer token. On a command line, others on this machine can see it: rather use the environment or the "
+            "configuration file.",
+        ),
+    ] = field(default=None, repr=False)
+    tls: Annotated[
+        bool | None,
+        _option("TLS", "Speak TLS and trust the system's authorities. The other --tls options ask for TLS too."),
+    ] = None
+    tls_ca: Annotated[str | None, _option("TLS_CA", "The authorities to trust instead, in PEM.", metavar="FILE")] = None
+    tls_cert: Annotated[
+        str | None, _option("TLS_CERT", "The client's certificate in PEM, where the server wants one.", metavar="FILE")
+    ] = None
+    tls_key: Annotated[str | None, _option("TLS_KEY", "That certificate's key, in PEM.", metavar="FILE")] = None
+    tls_server_name: Annotated[
+        str | None,
+        _option("TLS_SERVER_NAME", "The name in the server's certificate, where that is not the address's."),
+    ] = None
+
+
+def connection_arguments(options: ConnectionOptions, *, timeout: float | None = None) -> dict[str, Any]:
+    """What a Client or an AsyncClient is made with. `timeout` is for where nothing else says one.
+
+    Raises InvalidArgumentError for a configuration file, retries or TLS that cannot be meant.
+    """
+    config = read_config()
+
+    def known(name: str) -> Any:
+        said = getattr(options, name)
+        return config.get(name) if said is None else said
+
+    seconds, retries = known("timeout"), known("retries")
+    return {
+        "url": [part.strip() for one in known("url") or (DEFAULT_URL,) for part in one.split(",")],
+        "timeout": timeout if seconds is None else seconds,
+        "retry": None if retries is None else Retry(retries=retries),
+        "tls": _tls(known("tls"), {name: known(f"tls_{name}") for name in ("ca", "cert", "key", "server_name")}),
+        "token": known("token"),
+    }
+
+
+def _tls(asked: bool | None, details: dict[str, str | None]) -> Tls | None:
+    """No TLS where it is refused, or neither it nor any of its details is asked for."""
+    return Tls(**details) if asked or (asked is None and any(details.values())) else None
+
+
+def open_client(options: ConnectionOptions, *, timeout: float | None = None) -> Client:
+    """The client that the options, the environment and the configuration file ask for, in this order.
+
+    `timeout`: the seconds for a request where none of them says. Raises InvalidArgumentError.
+    """
+    # gRPC's core writes lines of its own to stderr, where an error should be one line.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    arguments = connection_arguments(options, timeout=timeout)
+    with _interrupts_held_back():
+        return Client(**arguments)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Let Ctrl-C wait: in the middle of importing numpy or gRPC it would come out as their ImportError."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
