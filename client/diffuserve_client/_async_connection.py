@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
@@ -134,9 +133,14 @@ class AsyncCall:
 
     async def _drain(self) -> None:
         """Let a stream whose last word came end by itself."""
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.TimeoutError):
+        try:
             while await asyncio.wait_for(self._call.read(), self._connection.timeout.connect) is not grpc.aio.EOF:
                 pass
+        except (grpc.aio.AioRpcError, asyncio.TimeoutError):
+            pass
+        except asyncio.CancelledError:
+            if not self._cancelled:  # but by `cancel`, as that word was on its way
+                raise
 
     async def _greet(self, stub: Any, channel: Any) -> None:
         """As Call._greet."""

@@ -37,7 +37,7 @@ class Connection:
         self._security = security
         self._credentials = credentials
         self._lock = threading.Lock()
-        self._channel: Any = None
+        self._line: Line | None = None
         self._closed = False
 
     def call(self, exchange: Exchange, left: float, headers: Sequence[tuple[str, str]] = ()) -> Call:
@@ -45,38 +45,55 @@ class Connection:
 
         Raises RuntimeError where the connection was closed.
         """
-        return Call(self, self.open(), exchange, left, (*self._security.metadata, *headers))
+        return Call(self, self._open(), exchange, left, (*self._security.metadata, *headers))
 
     def close(self) -> None:
         """Cancel what runs and hang up."""
         with self._lock:
             self._closed = True
-            channel, self._channel = self._channel, None
-        if channel is not None:
-            channel.close()
+            line, self._line = self._line, None
+            if line is not None:
+                line.channel.close()
 
-    def open(self) -> Any:
-        """The channel, made anew where there is none. It connects when it is first used."""
+    def begin(self, line: Line, method: str, message: Any, **options: Any) -> Any:
+        """Begin a call, without waiting for anything. Raises CancelledError where the connection was closed."""
+        with self._lock:  # gRPC crashes where one thread begins a call on a channel that another closes
+            if self._closed:
+                raise CancelledError(f"the client was closed while it was about to ask {self.url}")
+            return getattr(line, method)(message, **options)
+
+    def _open(self) -> Line:
+        """A channel, made anew where there is none. It connects when it is first used."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("the client is closed; make another one")
-            if self._channel is None:
+            if self._line is None:
                 options = (*CHANNEL_OPTIONS, *self._security.channel_options)
-                self._channel = (
+                self._line = Line(
                     grpc.insecure_channel(self.url, options)
                     if self._credentials is None
                     else grpc.secure_channel(self.url, self._credentials, options)
                 )
-            return self._channel
+            return self._line
 
-    def drop_if_lost(self, channel: Any, error: Any) -> None:
+    def drop_if_lost(self, line: Line, error: Any) -> None:
         """Let the next request connect afresh: a failed channel repeats its old error until its own next attempt."""
         if error.code() is not grpc.StatusCode.UNAVAILABLE:
             return
         with self._lock:
             # Not closed, since that would cancel other threads' calls; it goes when the last of them lets go.
-            if self._channel is channel:
-                self._channel = None
+            if self._line is line:
+                self._line = None
+
+
+class Line:
+    """A channel with the two calls that are made on it."""
+
+    def __init__(self, channel: Any) -> None:
+        self.channel = channel
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        self.greet = stub.ServerLive.future
+        self.stream = stub.ModelStreamInfer
 
 
 class Call:
@@ -89,13 +106,13 @@ class Call:
     def __init__(
         self,
         connection: Connection,
-        channel: Any,
+        line: Line,
         exchange: Exchange,
         left: float,
         headers: Sequence[tuple[str, str]],
     ) -> None:
         self._connection = connection
-        self._channel = channel
+        self._line = line
         self._exchange = exchange
         self._deadline = time.monotonic() + left
         self._headers = headers
@@ -103,7 +120,7 @@ class Call:
         self._received: SimpleQueue[Event | BaseException | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._cancelled = False
-        self._stream: Any = None
+        self._begun: Any = None  # the gRPC call that is under way
         #: When anything came last; until the stream is there, the limit is that of the connecting.
         self._heard_at = math.inf
 
@@ -120,9 +137,9 @@ class Call:
         """Tell the server to stop, from whichever thread. Does nothing where the request is done."""
         with self._lock:
             self._cancelled = True
-            stream = self._stream
-        if stream is not None and not self._exchange.finished:
-            stream.cancel()
+            begun = self._begun
+        if begun is not None and not self._exchange.finished:
+            begun.cancel()
 
     def _next(self) -> Event | BaseException | None:
         """What comes next. Where nothing came for the stall timeout, that is the error."""
@@ -143,19 +160,15 @@ class Call:
             self._received.put(None)
 
     def _exchange_all(self, message: Any) -> None:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
-        self._greet(stub)
-        with self._lock:
-            if self._cancelled:
-                raise CancelledError("the request was cancelled before it was sent")
-            self._heard_at = time.monotonic()
-            self._stream = stub.ModelStreamInfer(
-                iter((message,)), timeout=self._deadline - time.monotonic(), metadata=self._headers
-            )
+        self._greet()
+        # Before it is begun: it may come at once.
+        self._heard_at = time.monotonic()
+        left = self._deadline - time.monotonic()
+        stream = self._begin("stream", iter((message,)), timeout=left)
         try:
             # To the stream's end, past the last answer: a stream that is cancelled while Triton is about to end it
             # keeps its model from unloading (seen with 2.51).
-            for response in self._stream:
+            for response in stream:
                 self._heard_at = time.monotonic()
                 self._take(response)
             if not self._exchange.finished:
@@ -163,8 +176,15 @@ class Call:
         except grpc.RpcError as error:
             if self._exchange.finished:
                 return
-            self._connection.drop_if_lost(self._channel, error)
+            self._connection.drop_if_lost(self._line, error)
             raise self._exchange.failure(error.code(), error.details()) from error
+
+    def _begin(self, method: str, message: Any, **options: Any) -> Any:
+        with self._lock:
+            if self._cancelled:
+                raise CancelledError("the request was cancelled before it was sent")
+            self._begun = self._connection.begin(self._line, method, message, metadata=self._headers, **options)
+            return self._begun
 
     def _take(self, response: Any) -> None:
         try:
@@ -177,7 +197,7 @@ class Call:
             if event is not None:
                 self._received.put(event)
 
-    def _greet(self, stub: Any) -> None:
+    def _greet(self) -> None:
         """Find out soon whether a server is there.
 
         A stream's only limit is its deadline, and gRPC tries to connect to a silent address for 20 s; this call costs
@@ -186,7 +206,9 @@ class Call:
         url, timeout = self._connection.url, self._connection.timeout
         limit = min(timeout.connect, max(0.0, self._deadline - time.monotonic()))
         try:
-            stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=limit, metadata=self._headers)
+            self._begin("greet", service_pb2.ServerLiveRequest(), timeout=limit).result()
+        except grpc.FutureCancelledError as error:
+            raise connect_failure(grpc.StatusCode.CANCELLED, None, url=url, timeout=timeout) from error
         except grpc.RpcError as error:
-            self._connection.drop_if_lost(self._channel, error)
+            self._connection.drop_if_lost(self._line, error)
             raise connect_failure(error.code(), error.details(), url=url, timeout=timeout) from error

@@ -224,7 +224,7 @@ class StatusExchange(Exchange):
 def connect_failure(code: Any, details: str | None, *, url: str, timeout: Timeout) -> DiffuserveError:
     """The error of a server that did not answer the first call."""
     if code is grpc.StatusCode.CANCELLED:
-        return CancelledError(f"the client was closed while it connected to {url}")
+        return CancelledError(f"the request was cancelled while the client connected to {url}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         if timeout.total <= timeout.connect:
             return _deadline(timeout, url, "none of it begun")

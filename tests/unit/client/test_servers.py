@@ -119,7 +119,7 @@ def test_a_request_that_waits_for_its_next_try_is_cancelled_too(client_class: An
 
     def full(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
         asked.set()
-        yield failure(QueueFullError("full", eta_ms=50_000))
+        yield failure(QueueFullError("full", eta_ms=30_000))
 
     fake.script = full
     with client_class(fake.url, timeout=PATIENT) as client, ThreadPoolExecutor(1) as pool:
@@ -132,7 +132,7 @@ def test_a_request_that_waits_for_its_next_try_is_cancelled_too(client_class: An
 
 
 def test_closing_ends_what_waits_for_its_next_try(client_class: Any) -> None:
-    client = client_class("localhost:1", retry=Retry(retries=5, first=50, most=50))
+    client = client_class("localhost:1", retry=Retry(retries=5, first=50, most=50), timeout=1000)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.generate, "a")
         while not waiting.running():
