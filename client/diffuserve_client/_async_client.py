@@ -148,17 +148,19 @@ class AsyncClient:
             tasks[asyncio.create_task(self._run(request, None).collect(Collector(), index, hear))] = index
 
         try:
-            while not gathering.is_over:
+            while True:
                 for index, request in gathering.to_send():
                     begin(index, request)
-                if gathering.is_over:
-                    break
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                outcome = gathering.next_outcome()
+                if outcome is not None:
+                    yield outcome
+                elif gathering.is_over:
+                    return
+                else:
+                    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in [one for one in tasks if one.done()]:
                     error = task.exception()
                     gathering.done(tasks.pop(task), task.result() if error is None else error)
-                for outcome in gathering.to_yield():
-                    yield outcome
         finally:
             for task in tasks:
                 task.cancel()

@@ -201,17 +201,23 @@ class Client:
 
         with ThreadPoolExecutor(concurrency, thread_name_prefix="diffuserve-many") as pool:
             try:
-                while not gathering.is_over:
+                while True:
                     for index, request in gathering.to_send():
                         runs[index] = self._run(request, None)
                         # Each in a copy of this context, where the trace is that it belongs to.
                         pool.submit(contextvars.copy_context().run, one, index, runs[index])
-                    if gathering.is_over:
-                        break
-                    index, outcome = ended.get()
-                    del runs[index]
-                    gathering.done(index, outcome)
-                    yield from gathering.to_yield()
+                    outcome = gathering.next_outcome()
+                    if outcome is not None:
+                        yield outcome
+                    elif gathering.is_over:
+                        return
+                    # What ended while the caller was busy makes room for others; else there is nothing but to wait.
+                    must_wait = outcome is None
+                    while must_wait or not ended.empty():
+                        index, result = ended.get()
+                        del runs[index]
+                        gathering.done(index, result)
+                        must_wait = False
             finally:
                 for run in runs.values():
                     run.cancel()

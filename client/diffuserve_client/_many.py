@@ -46,8 +46,8 @@ class Gathering:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is under way, and nothing is left to send."""
-        return self._exhausted and not self._under_way
+        """Whether nothing is left to send, to wait for or to yield."""
+        return self._exhausted and not self._under_way and not self._held
 
     def to_send(self) -> Iterator[tuple[int, GenerateRequest]]:
         """The requests that may be sent now, each with its place."""
@@ -70,18 +70,20 @@ class Gathering:
         self._under_way -= 1
         self._held[index] = outcome
 
-    def to_yield(self) -> Iterator[GenerateResult | DiffuserveError]:
-        """The outcomes whose turn it is. Raises an error whose turn it is, unless errors are yielded too."""
-        while self._held:
-            index = self._yielded if self._in_order else next(iter(self._held))
-            if index not in self._held:
-                return
-            outcome = self._held.pop(index)
-            self._yielded += 1
-            if isinstance(outcome, DiffuserveError):
-                outcome.detail["index"] = index
-                if not self._return_errors:
-                    raise outcome
-            elif isinstance(outcome, BaseException):
-                raise outcome
-            yield outcome
+    def next_outcome(self) -> GenerateResult | DiffuserveError | None:
+        """The outcome whose turn it is; None where that is not there yet.
+
+        Raises an error whose turn it is, unless errors are yielded too.
+        """
+        index = self._yielded if self._in_order else next(iter(self._held), -1)
+        if index not in self._held:
+            return None
+        outcome = self._held.pop(index)
+        self._yielded += 1
+        if isinstance(outcome, DiffuserveError):
+            outcome.detail["index"] = index
+            if self._return_errors:
+                return outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome

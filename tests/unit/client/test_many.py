@@ -170,7 +170,7 @@ def test_whatever_ends_first_each_result_comes_once(data: Any, concurrency: int,
         index = under_way.pop(data.draw(st.integers(0, len(under_way) - 1)))
         fails = data.draw(st.booleans())
         gathering.done(index, ComponentFailedError("died") if fails else result(index))
-        for one in gathering.to_yield():
+        while (one := gathering.next_outcome()) is not None:
             yielded.append(one.index if isinstance(one, GenerateResult) else one.detail["index"])
         assert len(gathering._held) <= 2 * concurrency
     assert sorted(yielded) == list(range(total))
