@@ -1,4 +1,4 @@
-"""What the README tells people to type is run, on the real server."""
+"""What the README and docs/client.md tell people to type is run, on the real server."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shapes_recipe.world import Scene
 ROOT = Path(__file__).parents[2]
 
 
-def example(name: str) -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def example(name: str, page: str = "README.md") -> str:
+    text = (ROOT / page).read_text(encoding="utf-8")
     match = re.search(rf"<!-- example: {name} -->\n```\w+\n(.*?)```", text, re.DOTALL)
-    assert match, f"the README has no example {name}"
+    assert match, f"{page} has no example {name}"
     return match[1]
 
 
@@ -51,6 +51,19 @@ def test_an_example_makes_the_picture_it_names(
     run(command, server, tmp_path, script)
     verdict = judge(Image.open(tmp_path / file))
     assert verdict.matches(scene), verdict
+
+
+def test_the_librarys_first_example(server: Any, tmp_path: Path) -> None:
+    run([sys.executable, "-c"], server, tmp_path, example("library", "docs/client.md"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circle.png", *(f"ring-{n}.png" for n in range(8))]
+    verdict = judge(Image.open(tmp_path / "circle.png"))
+    assert verdict.matches(Scene("large", "red", "circle", "blue")), verdict
+
+
+def test_the_librarys_asynchronous_example(server: Any, tmp_path: Path) -> None:
+    said = run([sys.executable, "-c"], server, tmp_path, example("async", "docs/client.md"))
+    assert re.fullmatch(r"expected in [\d.]+ s\nstep 4 of 12\nstep 8 of 12\n", said), said
+    assert Image.open(tmp_path / "ring.png").size == (64, 64)
 
 
 def test_the_test_command_is_one_that_the_makefile_has() -> None:
