@@ -63,7 +63,8 @@ def test_the_librarys_first_example(server: Any, tmp_path: Path) -> None:
 def test_the_librarys_asynchronous_example(server: Any, tmp_path: Path) -> None:
     said = run([sys.executable, "-c"], server, tmp_path, example("async", "docs/client.md"))
     assert re.fullmatch(r"expected in [\d.]+ s\nstep 4 of 12\nstep 8 of 12\n", said), said
-    assert Image.open(tmp_path / "ring.png").size == (64, 64)
+    with Image.open(tmp_path / "ring.png") as opened:
+        assert opened.size == (64, 64)
 
 
 def test_the_test_command_is_one_that_the_makefile_has() -> None:
