@@ -52,7 +52,8 @@ class OutputOptions:
         bool | None,
         typer.Option(
             "--show/--no-show",
-            help="Show in the terminal what it is becoming, and then the picture. [default: where the terminal can]",
+            help="Show in the terminal what it is becoming, and then the picture.",
+            show_default="where the terminal can",
         ),
     ] = None
     as_json: AsJson = False

@@ -36,7 +36,7 @@ class RequestOptions:
 
     negative_prompt: Annotated[str | None, _option("What it should not show.")] = None
     prompt_syntax: Annotated[
-        str | None, _option("plain, or a1111 for (weights:1.3), [less] and BREAK in both prompts.")
+        str | None, _option(r"plain, or a1111 for (weights:1.3), \[less] and BREAK in both prompts.")
     ] = None
     checkpoint: Annotated[str | None, _option("A deployed checkpoint.")] = None
     clip_skip: Annotated[int | None, _option("The text encoder's last layers to leave out.")] = None
