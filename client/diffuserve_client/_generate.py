@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -175,7 +175,8 @@ def _preview_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
         yield previews
     finally:
         for path in previews:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def _write(paths: Sequence[Path], pictures: Sequence[bytes]) -> None:
