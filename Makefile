@@ -74,6 +74,7 @@ check: $(INSTALLED) ## Formatting, lint, types, and generated files that must no
 	$(PYTHON) -m diffuserve_export.public_model --check
 	$(PYTHON) -m diffuserve_export.operations_page --check
 	$(PYTHON) -m diffuserve.sampling.matrix --check
+	$(PYTHON) -m diffuserve_client._help_page --check
 
 format: $(INSTALLED) ## Apply ruff's formatting and safe fixes
 	$(VENV)/bin/ruff check --fix

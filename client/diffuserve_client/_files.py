@@ -27,11 +27,15 @@ def check_writable(path: Path) -> None:
     Raises InvalidArgumentError.
     """
     folder = path.parent
-    if not folder.is_dir():
-        raise InvalidArgumentError(f"the folder {folder} does not exist; create it first", input="output")
-    if path.is_dir():
-        raise InvalidArgumentError(f"{path} is a folder; name a file in it", input="output")
-    if not os.access(folder, os.W_OK | os.X_OK):
+    try:
+        if not folder.is_dir():
+            raise InvalidArgumentError(f"the folder {folder} does not exist; create it first", input="output")
+        if path.is_dir():
+            raise InvalidArgumentError(f"{path} is a folder; name a file in it", input="output")
+        may_write = os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+    except OSError:  # such as a folder above it that may not be entered
+        may_write = False
+    if not may_write:
         raise InvalidArgumentError(f"the folder {folder} cannot be written to; choose another", input="output")
 
 

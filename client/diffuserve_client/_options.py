@@ -79,8 +79,8 @@ class ConnectionOptions:
         list[str] | None,
         _option(
             "URL",
-            "host:port of a server's gRPC port; several times, or with commas, for several servers. "
-            f"[default: {DEFAULT_URL}]",
+            "host:port of a server's gRPC port; several times, or with commas, for several servers.",
+            show_default=DEFAULT_URL,
         ),
     ] = None
     timeout: Annotated[float | None, _option("TIMEOUT", "Seconds that a request may take in all.")] = None

@@ -27,7 +27,7 @@ _PLACE: Final = "s3://bucket/prefix, gs://bucket/prefix, or a folder."
 
 repository = typer.Typer(
     no_args_is_help=True,
-    help="Store deployments, and restore them. Needs `pip install 'diffuserve[storage]'`.",
+    help=r"Store deployments, and restore them. Needs `pip install 'diffuserve\[storage]'`.",
     epilog=_EXIT_CODES_HELP,
 )
 

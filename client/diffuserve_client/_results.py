@@ -57,12 +57,15 @@ class GeneratedImage:
                 input="path",
                 value=path.name,
             )
-        write_atomically(path, self._with_metadata() if metadata else self.data)
+        write_atomically(path, self.to_bytes(metadata=metadata))
         return path
 
-    def _with_metadata(self) -> bytes:
+    def to_bytes(self, *, metadata: bool = True) -> bytes:
+        """What `save` writes."""
         from diffuserve.metadata import Record, with_record
 
+        if not metadata:
+            return self.data
         try:
             return with_record(self.data, self.format, Record.of(self.request, self.format, self.seed, self.info))
         except ValueError:

@@ -108,19 +108,22 @@ class Record:
 
         Raises InvalidArgumentError where an input picture is missing, or is another one.
         """
-        for name, digest in (self.pictures or {}).items():
-            if not pictures.get(name):
-                raise InvalidArgumentError(
-                    f"it was made with {name}, a picture that is not in the file; give it as well (its sha256 is "
-                    f"{str(digest)[:64]})",
-                    input=name,
-                )
+        for name in self.missing(pictures):
+            raise InvalidArgumentError(
+                f"it was made with {name}, a picture that is not in the file; give it as well (its sha256 is "
+                f"{str((self.pictures or {})[name])[:64]})",
+                input=name,
+            )
         if strange := self.strangers(pictures):
             raise InvalidArgumentError(
                 f"{strange[0]} is not the picture that it was made with; give that one, or make a new request",
                 input=strange[0],
             )
         return GenerateRequest(**{**self.parameters, **pictures})
+
+    def missing(self, pictures: Mapping[str, bytes]) -> tuple[str, ...]:
+        """The input pictures that it was made with and that are not given."""
+        return tuple(name for name in self.pictures or () if not pictures.get(name))
 
     def strangers(self, pictures: Mapping[str, bytes]) -> tuple[str, ...]:
         """Those of the input pictures that it was not made with; none where that is not known."""
