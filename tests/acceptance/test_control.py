@@ -1,7 +1,8 @@
-"""ControlNets at length: graphs with adapters too, an engine of TensorRT-RTX, and random mixes that never bleed."""
+"""ControlNets at length: with adapters too, an engine of TensorRT-RTX, and random mixes that never bleed."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ from diffuserve_export.export import plan_export
 from diffuserve_export.graphs import graph_from_component
 from diffuserve_export.options import DECOMPOSED_ATTENTION
 from integration.families import Families, exported_families
+from integration.family_cases import difference
+from integration.lora_cases import LoraCase, pictured
 from integration.swapped import parsed_config
 from shapes_recipe.control import posed, silhouette
 from shapes_recipe.world import trained_scenes
@@ -93,6 +96,52 @@ def test_a_graph_with_adapters_and_a_controlnet_is_verified(tmp_path: Path, prec
     assert found.pop("lora_index") == "INT64"
     assert set(found.values()) == {datatype}
     assert {"control", "control_scale", "lora"} <= set(found)
+
+
+#: LoRAs alone, a control alone, both, neither; and a control that has no part in it.
+MIXED = [
+    LoraCase("sd15-control", loras, negative, guidance, seed, steps=12, control=control)
+    for loras, negative, guidance, seed, control in (
+        (("night",), "", 1.0, 3, None),
+        ((), "", 1.0, 3, 1.0),
+        (("night",), "", 1.0, 3, 1.0),
+        ((), "", 1.0, 3, None),
+        (("night:0.5", "bar:0.5"), "", 1.0, 5, 1.0),
+        (("bar",), "", 1.0, 5, 0.0),
+        (("bar:-0.7",), "a small green ring", 4.0, 11, 0.6),
+        (("night:0.8",), "a small green ring", 4.0, 11, 2.0),
+    )
+]
+
+
+def test_loras_and_controls_share_calls_on_a_real_triton(
+    deployment: Path, loras: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Every one is diffusers' picture, by a pipeline with the same ControlNet, adapters and weights."""
+    families, calls = Families(tmp_path_factory.mktemp("adapted")), tmp_path_factory.mktemp("calls") / "calls.jsonl"
+    out = ROOT / "build" / "deployments" / "control-lora"
+    exported = exported_families(families, ["sd15-control"], out, deployment, lora_rank=8)
+    environment = {"DIFFUSERVE_CALL_LOG": str(calls)}
+    options = ServerOptions(
+        deployment=exported.root, loras=loras, http_port=0, grpc_port=0, metrics_port=0, environment=environment
+    )
+    with TritonServer(options) as server:
+        server.wait_ready()
+        with Client(server.grpc_url) as client, ThreadPoolExecutor(len(MIXED)) as pool:
+            together = list(pool.map(lambda case: client.generate(case.request).image, MIXED))
+    files = {path.stem: path for path in loras.glob("*.safetensors")}
+    found = []
+    for case, picture in zip(MIXED, together, strict=True):
+        kind = "StableDiffusionPipeline" if case.control is None else "StableDiffusionControlNetPipeline"
+        expected = pictured(families.pipeline(case.family, kind), case, files)
+        found.append(difference(np.asarray(picture).astype(int), expected))
+        assert found[-1] <= 2, case
+    unet = exported.manifest("sd15-control").components[UNET].model
+    shapes = [call["shapes"] for call in map(json.loads, calls.read_text().splitlines()) if call["model"] == unet]
+    most = max(shapes, key=lambda shape: int(shape["sample"][0]))
+    assert most["lora"][0] >= 3, "two adapters and the zeros"
+    assert most["control"][0] == most["sample"][0] >= 4
+    print(f"differences {found}; the fullest call had {most['sample'][0]} rows, {most['lora'][0]} adapters")  # noqa: T201
 
 
 @pytest.fixture(scope="module")

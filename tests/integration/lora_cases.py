@@ -17,6 +17,8 @@ from diffuserve.lora.layout import CONV, LoraTarget
 from diffuserve.manifest import Manifest
 from diffuserve.request import GenerateRequest
 from diffuserve.spec import TEXT_ENCODER, TEXT_ENCODER_2, UNET
+from integration.family_cases import CONTROL
+from unit.pictures import encoded
 
 __all__ = ["LoraCase", "factors_of", "kohya", "named_by_diffusers", "original_unet", "pictured", "put_lora"]
 
@@ -92,7 +94,7 @@ def put_lora(folder: Path, name: str, tensors: Mapping[str, torch.Tensor]) -> Pa
 
 @dataclass(frozen=True)
 class LoraCase:
-    """A request with LoRAs."""
+    """A request with LoRAs; `control` is the scale of its control, None for none."""
 
     family: str
     loras: tuple[str, ...] = ()
@@ -101,10 +103,16 @@ class LoraCase:
     seed: int = 3
     steps: int = 6
     prompt: str = PROMPT
+    control: float | None = None
 
     @property
     def request(self) -> GenerateRequest:
+        given: dict[str, Any] = {}
+        if self.control is not None:
+            given = {"control_image": encoded(CONTROL), "control_scale": self.control}
         return GenerateRequest(
+            width=64,
+            height=64,
             prompt=self.prompt,
             negative_prompt=self.negative,
             checkpoint=self.family,
@@ -112,11 +120,12 @@ class LoraCase:
             steps=self.steps,
             seed=self.seed,
             loras=self.loras,
+            **given,
         )
 
 
 def pictured(pipeline: Any, case: LoraCase, files: Mapping[str, Path]) -> Any:
-    """diffusers' picture with the same adapters and weights."""
+    """diffusers' picture with the same adapters and weights; of a control, by a pipeline with its ControlNet."""
     pipeline.unload_lora_weights()
     choices = parse_loras(case.loras)
     with warnings.catch_warnings():
@@ -125,6 +134,9 @@ def pictured(pipeline: Any, case: LoraCase, files: Mapping[str, Path]) -> Any:
             pipeline.load_lora_weights(str(files[choice.name]), adapter_name=choice.name)
     if choices:
         pipeline.set_adapters([one.name for one in choices], [one.weight for one in choices])
+    controlled: dict[str, Any] = {}
+    if case.control is not None:
+        controlled = {"image": CONTROL, "controlnet_conditioning_scale": case.control}
     picture = pipeline(
         case.prompt,
         negative_prompt=case.negative or None,
@@ -133,6 +145,7 @@ def pictured(pipeline: Any, case: LoraCase, files: Mapping[str, Path]) -> Any:
         width=64,
         height=64,
         generator=torch.Generator().manual_seed(case.seed),
+        **controlled,
     ).images[0]
     pipeline.unload_lora_weights()
     return np.asarray(picture).astype(int)

@@ -37,8 +37,16 @@ CASES = [
     LoraCase("sdxl"),
     LoraCase("sdxl", ("large",), NEGATIVE),
     LoraCase("sdxl", ("large:0.5", "other:-0.5")),
+    LoraCase("sd15-control", ("first",), NEGATIVE),
+    LoraCase("sd15-control", control=1.0),
+    LoraCase("sd15-control", ("first",), NEGATIVE, control=1.0),
+    LoraCase("sd15-control", ("second:0.5", "words:0.5"), guidance=1.0, control=0.6),
+    LoraCase("sd15-control", ("first",), control=0.0, seed=11),
+    LoraCase("sd15-control"),
 ]
 PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+PIPELINES["sd15-control"] = PIPELINES["sd15"]
+WITH_CONTROLNET = "StableDiffusionControlNetPipeline"
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +75,25 @@ def test_it_is_diffusers_picture(
     served_and_files: tuple[Served, Mapping[str, Path]], families: Families, case: LoraCase
 ) -> None:
     served, files = served_and_files
-    assert (
-        difference(served.pictures[case], pictured(families.pipeline(case.family, PIPELINES[case.family]), case, files))
-        <= 2
-    )
+    pipeline = families.pipeline(case.family, PIPELINES[case.family] if case.control is None else WITH_CONTROLNET)
+    assert difference(served.pictures[case], pictured(pipeline, case, files)) <= 2
 
 
 def test_every_row_was_in_one_batch(served_and_files: tuple[Served, Mapping[str, Path]]) -> None:
     served, _ = served_and_files
-    assert {name: max(rows) for name, rows in served.rows.items()} == {"sd15": 2 * 8 - 1, "sdxl": 2 * 3}
+    assert {name: max(rows) for name, rows in served.rows.items()} == {
+        "sd15": 2 * 8 - 1,
+        "sdxl": 2 * 3,
+        "sd15-control": 2 * 6 - 1,
+    }
 
 
-def test_another_adapter_would_show(served_and_files: tuple[Served, Mapping[str, Path]]) -> None:
+@pytest.mark.parametrize("family", ["sd15", "sd15-control"])
+def test_another_adapter_or_control_would_show(
+    served_and_files: tuple[Served, Mapping[str, Path]], family: str
+) -> None:
     served, _ = served_and_files
-    alike = [case for case in CASES if case.family == "sd15" and case.seed == 3 and case.guidance > 1]
+    alike = [case for case in CASES if case.family == family and case.seed == 3 and case.guidance > 1]
     pictures = [served.pictures[case] for case in alike]
     assert min(itertools.starmap(difference, itertools.combinations(pictures, 2))) > 5
 
