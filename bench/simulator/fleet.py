@@ -27,7 +27,7 @@ def least_work(servers: Sequence[SimServer], request: SimRequest) -> SimServer: 
 def random_server(seed: int) -> Router:
     """A router that knows nothing of its servers."""
     rng = random.Random(seed)
-    return lambda servers, request: rng.choice(servers)  # noqa: ARG005
+    return lambda servers, _: rng.choice(servers)
 
 
 @dataclass(frozen=True, slots=True)

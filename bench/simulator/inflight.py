@@ -47,7 +47,7 @@ class InFlightServer:
 
     def __init__(self, clock: Clock, table: CostTable, texts: Texts | None = None) -> None:
         self._clock, self._table = clock, table
-        self.policy = StepPolicy(costs=table.step_costs(), max_rows=lambda group: table.max_rows)  # noqa: ARG005
+        self.policy = StepPolicy(costs=table.step_costs(), max_rows=lambda _: table.max_rows)
         self.device = Device(clock, table.sharing)
         self._encoder, self._unet, self._decoder = (Lane(self.device) for _ in range(3))
         self._texts = texts or Texts()
@@ -61,7 +61,7 @@ class InFlightServer:
         self._idle_finishers = _FINISH_WORKERS
         self._row_steps = 0
         self.counted = Calls()
-        self.on_end: Callable[[SimRequest, bool], None] = lambda request, served: None  # noqa: ARG005
+        self.on_end: Callable[[SimRequest, bool], None] = lambda *_: None
 
     @property
     def work(self) -> float:

@@ -35,7 +35,7 @@ class LockstepServer:
         self._texts = Texts()
         self._work = 0.0
         self.counted = Calls()
-        self.on_end: Callable[[SimRequest, bool], None] = lambda request, served: None  # noqa: ARG005
+        self.on_end: Callable[[SimRequest, bool], None] = lambda *_: None
 
     @property
     def work(self) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import logging
 import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from diffuserve.engine import Demand, Eta, Track
 from diffuserve.errors import CancelledError, DeadlineError, DiffuserveError, InternalError
@@ -17,7 +18,9 @@ from diffuserve.lora.packing import Adapter
 from diffuserve.request import Event, EventKind, ResolvedRequest
 from diffuserve.snapshot import ImageState, Snapshot
 
-__all__ = ["Job", "Reply"]
+__all__ = ["Job", "Reply", "shutting_down"]
+
+_log: Final = logging.getLogger(__name__)
 
 
 class Reply(Protocol):
@@ -153,6 +156,17 @@ class Job:
             if self._end(ours.code):
                 self._reply.fail(ours)
 
+    def guarded(self, act: Callable[[], None]) -> bool:
+        """Do something for it; if that raises, the request ends with the error. Whether it went well."""
+        try:
+            act()
+        except Exception as error:
+            if not isinstance(error, DiffuserveError):
+                _log.exception("a request failed", extra={"request_id": self.request_id})
+            self.fail(error)
+            return False
+        return True
+
     def suspend(self, *states: ImageState) -> None:
         """Images that are not stepped any further here. When no other is left, the snapshot ends the request."""
         with self._lock:
@@ -218,3 +232,7 @@ class Job:
             self._replace(replace(self.resolved, control=None))
         self.on_end(self, outcome)
         return True
+
+
+def shutting_down() -> CancelledError:
+    return CancelledError("the server is shutting down")

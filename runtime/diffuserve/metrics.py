@@ -1,6 +1,6 @@
 """Metrics: one frozen table, and the listener that turns what the engine tells of itself into updates of it.
 
-    MetricsTelemetry -> BackgroundRegistry -> a Registry that publishes (Triton's, in diffuserve.triton)
+    MetricsTelemetry -> BackgroundRegistry -> a Registry that publishes (Triton's, in diffuserve.triton_metrics)
 
 Labels hold deployed names and error codes alone, never what a request says.
 """

@@ -8,13 +8,11 @@ request's reply gets exactly one final answer.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -22,49 +20,34 @@ from typing import Final
 import torch
 
 from diffuserve import __version__
+from diffuserve.beginnings import Beginnings, demands
 from diffuserve.checkpoint import Checkpoint
 from diffuserve.components import ComponentRunner
-from diffuserve.engine import (
-    CALIBRATION_ROWS,
-    Control,
-    Demand,
-    DenoiseLoop,
-    Group,
-    LoopCheckpoint,
-    StepCosts,
-    StepPolicy,
-    Track,
-    Trial,
-)
-from diffuserve.errors import CancelledError, DiffuserveError, DrainingError, InvalidArgumentError
-from diffuserve.first_latents import Given, begun
+from diffuserve.engine import Demand, DenoiseLoop, Group, LoopCheckpoint, StepCosts, StepPolicy
+from diffuserve.errors import DiffuserveError, DrainingError
 from diffuserve.heartbeats import Heartbeats
-from diffuserve.images import encode_image, image_from_pixels
-from diffuserve.job import Job, Reply
+from diffuserve.job import Job, Reply, shutting_down
 from diffuserve.keeper import Keeper, ModelControl, Unmanaged
 from diffuserve.lora.choice import lora_key
 from diffuserve.lora.folder import DEFAULT_BUDGET, LoraFolder
 from diffuserve.lora.room import AdapterRoom
 from diffuserve.manifest import Deployment
-from diffuserve.previews import Previews
+from diffuserve.pictures import Pictures
 from diffuserve.prompts import EmbeddingFolder
 from diffuserve.registry import CheckpointRegistry
 from diffuserve.request import GenerateRequest
 from diffuserve.residency import Limits
 from diffuserve.rollout.live import LiveRollout
-from diffuserve.snapshot import ImageState, Snapshot, decode_snapshot, encode_snapshot
+from diffuserve.snapshot import encode_snapshot
 from diffuserve.spec import UNET
 from diffuserve.telemetry import Telemetry
+from diffuserve.trials import trials
 from diffuserve.wire import WIRE_VERSION
 from diffuserve.workers import Workers
 
 __all__ = ["DiffusionService", "Reply"]
 
-_log: Final = logging.getLogger(__name__)
-
-_TRIALS: Final = 3
 _LOOK_AT_LORAS_S: Final = 0.05  # in one answer to `status`, by which others tell whether the server lives
-_FINISH_WORKERS: Final = 2  # one picture's file is written while the next is decoded
 
 
 class DiffusionService:
@@ -132,12 +115,11 @@ class DiffusionService:
             lambda name: LoopCheckpoint(self._checkpoints[name].manifest.components[UNET]),
             telemetry=self._telemetry,
             device=device,
-            trials=self._trials() if calibrate else (),
+            trials=trials(self._checkpoints, self._keeper) if calibrate else (),
         )
         self._key = key or secrets.token_bytes(32)
         self._prepare = Workers(1, "prepare")
-        self._finish = Workers(_FINISH_WORKERS, "finish")
-        self._previews = Previews()
+        self._pictures = Pictures()
         self._unprepared: list[Job] = []
         self._jobs: set[Job] = set()
         #: Signs of life for requests, also before they are submitted.
@@ -153,6 +135,7 @@ class DiffusionService:
             lambda name: Checkpoint(deployment, name, runner, folder, registry),
             self._keeper.prove,
         )
+        self._beginnings = Beginnings(self._checkpoints, self._rollout, self._key)
 
     def open(self) -> None:
         """Components can be loaded and called from now on. Harmless when it was called before."""
@@ -192,9 +175,9 @@ class DiffusionService:
         Raises DiffuserveError for a request that is not accepted: then nothing is sent on `reply`.
         """
         request_id = request_id or uuid.uuid4().hex
-        beginning = self._resumed(request) if request.resume else self._begun(request, request_id)
+        beginning = self._beginnings.of(request, request_id)
         self._keeper.check(beginning.resolved.checkpoint)
-        job = Job(beginning, _demands(beginning), reply, request_id, trace)
+        job = Job(beginning, demands(beginning), reply, request_id, trace)
         job.on_end = self._ended
         job.pack = partial(encode_snapshot, key=self._key)
         with self._lock:
@@ -216,7 +199,7 @@ class DiffusionService:
 
     def _prepare_soon(self, job: Job) -> None:
         if not self._prepare.submit(job.urgency, self._prepare_waiting):
-            job.fail(_shutting_down())
+            job.fail(shutting_down())
 
     def _give_up(self, job: Job, error: BaseException) -> None:
         """A request ends that waited for components."""
@@ -264,7 +247,7 @@ class DiffusionService:
                 "state": "draining" if self._draining else "serving",
                 "waiting": waiting,
                 "active": len(self._jobs) - waiting,
-                "stalled_s": round(max(one.stalled() for one in (self.loop, self._prepare, self._finish)), 3),
+                "stalled_s": round(max(one.stalled() for one in (self.loop, self._prepare, self._pictures)), 3),
                 **kept,
                 "rollout": self._rollout.status(),
             }
@@ -275,80 +258,14 @@ class DiffusionService:
         with self._lock:
             waiting = [job for job in self._unprepared if not job.stay.is_inside]
         for job in waiting:
-            self._give_up(job, _shutting_down())
+            self._give_up(job, shutting_down())
         self._keeper.close()
         self._prepare.close()
         self.loop.close()
         for job in self._unprepared:  # which waited for others' adapters to go
-            job.fail(_shutting_down())
-        self._finish.close()
-        self._previews.close()
+            job.fail(shutting_down())
+        self._pictures.close()
         self.heartbeats.close()
-
-    def _begun(self, request: GenerateRequest, request_id: str) -> Snapshot:
-        """A new request, with all of its images to be made."""
-        name, alias = self._rollout.choose(request, request_id)
-        checkpoint = self._checkpoints.find(name)
-        resolved = replace(checkpoint.resolve(request), alias=alias)
-        return Snapshot(
-            resolved=resolved,
-            weights=checkpoint.manifest.key,
-            trajectory=checkpoint.trajectory(resolved),
-            first=0,
-            images=tuple(map(ImageState.new, range(request.num_images))),
-        )
-
-    def _resumed(self, request: GenerateRequest) -> Snapshot:
-        """A request that was begun elsewhere, reported as this one asks."""
-        snapshot = decode_snapshot(request.resume, self._key)
-        resolved = snapshot.resolved
-        checkpoint = self._checkpoints.find(resolved.checkpoint)
-        if snapshot.weights != checkpoint.manifest.key:
-            raise InvalidArgumentError(
-                f"the snapshot was taken of another export of {checkpoint.name}; resume it where the very same one is "
-                "deployed",
-                input="resume",
-            )
-        checkpoint.check_states(resolved, snapshot.images)
-        read = checkpoint.read(resolved)
-        if read.embeddings != resolved.embeddings:
-            raise InvalidArgumentError(
-                f"the snapshot's prompts were read with the embeddings {', '.join(resolved.embeddings) or 'none'}, and "
-                f"here with {', '.join(read.embeddings) or 'none'}; give servers that hand over to each other the same",
-                input="resume",
-            )
-        if lora_key(read.loras) != lora_key(resolved.loras):
-            named = [
-                ", ".join(f"{file['name']} ({file['digest'][:16]})" for file in one.loras) for one in (resolved, read)
-            ]
-            raise InvalidArgumentError(
-                f"the snapshot was taken with the LoRAs {named[0]}, and here they are {named[1]}; give servers that "
-                "hand over to each other the same",
-                input="resume",
-            )
-        return replace(
-            snapshot,
-            resolved=checkpoint.with_pictures(replace(read, request=resolved.request.answered_as(request))),
-        )
-
-    def _trials(self) -> Iterator[Trial]:
-        """Calls that measure each checkpoint at the size that its engine is built for, the smallest first."""
-        for checkpoint in self._checkpoints.values():
-            size = checkpoint.manifest.size.opt
-            group = Group(checkpoint.name, size, size)
-            most = self.max_rows(group)
-            counts = [*(count for count in CALIBRATION_ROWS if count < most), most]
-            for rows in counts[:1] + _TRIALS * counts:  # what the very first call takes is of no use
-                run = partial(self._tried, checkpoint.name, checkpoint.trial(group, rows))
-                yield Trial(group, rows, run, partial(self._keeper.is_there, checkpoint.name))
-
-    def _tried(self, name: str, run: Callable[[], object]) -> None:
-        """A trial keeps the components that it calls, and is no use of them."""
-        if self._keeper.hold(name):
-            try:
-                run()
-            finally:
-                self._keeper.let_go(name)
 
     def _ended(self, job: Job, outcome: str) -> None:
         with self._lock:
@@ -380,17 +297,17 @@ class DiffusionService:
             return
         self._prepare.submit(taken[0].urgency, self._prepare_waiting)  # for those that found no room before
         checkpoint = self._checkpoints[taken[0].resolved.checkpoint]
-        batch = [job for job in taken if self._guarded(job, partial(self._begin, checkpoint, job))]
+        batch = [job for job in taken if job.guarded(partial(self._begin, checkpoint, job))]
         if not batch:
             return
         try:
             told = checkpoint.condition([job.resolved for job in batch], batch[0].trace)
         except Exception as error:
             for job in batch:
-                self._guarded(job, partial(_raise, error))
+                job.guarded(partial(_raise, error))
             return
         for job, one in zip(batch, told, strict=True):
-            self._guarded(job, partial(self._join, checkpoint, job, one))
+            job.guarded(partial(self._join, checkpoint, job, one))
 
     @staticmethod
     def _begin(checkpoint: Checkpoint, job: Job) -> None:
@@ -431,109 +348,14 @@ class DiffusionService:
 
     def _join(self, checkpoint: Checkpoint, job: Job, conditioning: Mapping[str, torch.Tensor]) -> None:
         given, control = checkpoint.encode(job.resolved, trace=job.trace), checkpoint.control(job.resolved)
-        tracks = [self._track(checkpoint, job, conditioning, image, given, control) for image in job.beginning.images]
+        tracks = [
+            self._pictures.track(checkpoint, job, conditioning, image, given, control, self._started)
+            for image in job.beginning.images
+        ]
         job.ready_at = time.monotonic()
         job.tracks = tuple(tracks)
         job.let_go_of_pictures()
         self.loop.join(tracks)
-
-    @staticmethod
-    def _guarded(job: Job, act: Callable[[], None]) -> bool:
-        """Do something for a request; if it raises, the request ends with the error. Whether it went well."""
-        try:
-            act()
-        except Exception as error:
-            if not isinstance(error, DiffuserveError):
-                _log.exception("a request failed", extra={"request_id": job.request_id})
-            job.fail(error)
-            return False
-        return True
-
-    def _track(
-        self,
-        checkpoint: Checkpoint,
-        job: Job,
-        conditioning: Mapping[str, torch.Tensor],
-        image: ImageState,
-        given: Given,
-        control: Control | None,
-    ) -> Track:
-        resolved, trajectory = job.resolved, job.beginning.remaining(image)
-        generator = torch.Generator().manual_seed(resolved.seed + image.index)
-        draw = partial(checkpoint.noise, resolved, generator)
-        for _ in range(image.draws):
-            draw()
-        state = image if image.draws else begun(image, trajectory, given, draw)
-
-        def on_latents(latents: torch.Tensor) -> None:
-            job.stepped_at = time.monotonic()
-            finish = partial(self._guarded, job, lambda: self._picture(checkpoint, job, track, image.index, latents))
-            if not self._finish.submit(job.urgency, finish):
-                job.fail(_shutting_down())
-
-        def on_predicted(done: int, latents: torch.Tensor) -> None:
-            make = partial(self._preview, checkpoint, job, image.index, done, latents)
-            self._previews.offer(track, job.urgency, make)
-
-        def on_suspend(latents: torch.Tensor, history: torch.Tensor) -> None:
-            draws = state.draws + int(trajectory.draws[: track.evaluation].sum())
-            evaluation, steps = state.evaluation + track.evaluation, track.steps_done(track.evaluation)
-            job.suspend(ImageState(state.index, evaluation, steps, draws, latents, history, state.masked))
-
-        track = Track(
-            group=Group(checkpoint.name, resolved.height, resolved.width),
-            trajectory=trajectory,
-            guidance_scale=resolved.guidance_scale,
-            guidance_rescale=resolved.request.guidance_rescale,
-            latents=state.latents,
-            history=state.history,
-            steps_before=state.steps,
-            predict_every=resolved.request.preview_every,
-            masked=state.masked,
-            control=control,
-            conditioning=conditioning,
-            adapter=resolved.adapter,
-            chunks=resolved.reading.chunks,
-            generator=generator,
-            priority=resolved.request.priority,
-            tag=resolved.request.client_tag,
-            deadline=job.deadline,
-            trace=job.trace,
-            on_start=self._started,
-            on_step=lambda done: job.step(track, image.index, done),
-            on_predicted=on_predicted,
-            on_latents=on_latents,
-            on_error=job.fail,
-            on_suspend=on_suspend,
-            is_cancelled=job.is_cancelled,
-        )
-        return track
-
-    def _picture(self, checkpoint: Checkpoint, job: Job, track: Track, index: int, latents: torch.Tensor) -> None:
-        """VAE decoding and the image file."""
-        request = job.resolved.request
-        image = image_from_pixels(checkpoint.decode(latents, trace=job.trace))
-        job.image(track, index, encode_image(image, request.image_format))
-
-    @staticmethod
-    def _preview(checkpoint: Checkpoint, job: Job, index: int, done: int, latents: torch.Tensor) -> None:
-        """The small picture of predicted latents and its file, unless the image's own was faster."""
-        if job.wants_preview(index):
-            image = checkpoint.preview(latents, trace=job.trace)
-            job.preview(index, done, image.size, encode_image(image, job.resolved.request.image_format))
-
-
-def _demands(beginning: Snapshot) -> list[Demand]:
-    """What a request's images take, each on its own."""
-    resolved = beginning.resolved
-    group, priority = Group(resolved.checkpoint, resolved.height, resolved.width), resolved.request.priority
-    last = beginning.first + beginning.trajectory.evaluations
-    chunks, adapter = resolved.reading.chunks, lora_key(resolved.loras)
-    length = beginning.trajectory.evaluations
-    return [
-        Demand(group, resolved.rows, last - image.evaluation, priority, chunks, length=length, adapter=adapter)
-        for image in beginning.images
-    ]
 
 
 def _named(demands: Iterable[Demand]) -> set[str]:
@@ -546,7 +368,3 @@ def _raise(error: Exception) -> None:
 
 def _draining() -> DrainingError:
     return DrainingError("the server is being shut down and takes no new requests; send it to another one")
-
-
-def _shutting_down() -> CancelledError:
-    return CancelledError("the server is shutting down")

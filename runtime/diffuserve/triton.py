@@ -1,4 +1,4 @@
-"""The public model inside Triton: the only user of triton_python_backend_utils.
+"""The public model inside Triton. Its calls, metrics and replies are in `bls`, `triton_metrics` and `triton_reply`.
 
 Every path of a decoupled request must end with an error or a final response, or its client waits forever.
 """
@@ -9,32 +9,31 @@ import hmac
 import json
 import logging
 import os
-import re
 import threading
-import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import triton_python_backend_utils as pb_utils
-from torch.utils.dlpack import from_dlpack
 
 from diffuserve import errors, wire
 from diffuserve.admission import Admission
+from diffuserve.bls import BlsRunner
 from diffuserve.cancellation import CancelWatch
 from diffuserve.components import CallLog, ComponentRunner
 from diffuserve.logs import LogTelemetry, log_as_json
 from diffuserve.lora.folder import DEFAULT_BUDGET
-from diffuserve.manifest import Component, Deployment
-from diffuserve.metrics import BackgroundRegistry, Metric, MetricsTelemetry
+from diffuserve.manifest import Deployment
+from diffuserve.metrics import BackgroundRegistry, MetricsTelemetry
 from diffuserve.request import Event
-from diffuserve.server.processes import ModelProcess
 from diffuserve.service import DiffusionService, Reply
 from diffuserve.sharing import SharingOptions
 from diffuserve.spec import device_kind
 from diffuserve.telemetry import Fanout, Telemetry
+from diffuserve.triton_metrics import TritonMetrics
+from diffuserve.triton_reply import TritonReply
 
 __all__ = [
     "CALL_LOG_VARIABLE",
@@ -60,262 +59,8 @@ TOKEN_VARIABLE: Final = "DIFFUSERVE_TOKEN"  # what whoever drains the server mus
 TARGET_STEP_VARIABLE: Final = "DIFFUSERVE_TARGET_STEP_MS"  # what a UNet call should not exceed
 
 _OPENING_SECONDS: Final = 2.0
-_UNLOADING_SECONDS: Final = 10.0
-_POLL_SECONDS: Final = 0.02
 
 _log: Final = logging.getLogger(__name__)
-
-# Names and not values: Triton puts its classes into pb_utils only after it has imported the model.
-_STATUS: Final = {
-    "invalid_argument": "INVALID_ARG",
-    "not_found": "NOT_FOUND",
-    "unsupported": "UNSUPPORTED",
-    "cancelled": "CANCELLED",
-    "unavailable": "UNAVAILABLE",
-    "queue_full": "UNAVAILABLE",
-    "deadline": "UNAVAILABLE",
-    "draining": "UNAVAILABLE",
-}
-
-
-#: What Triton says of a model that is not loaded: another thread loads it again, or a load failed.
-_NOT_LOADED: Final = re.compile(r"Model '.*' is not ready")
-
-
-class _NotThereError(errors.ComponentFailedError):
-    """The Python backend's process of a component is gone, or the component is not loaded."""
-
-
-class BlsRunner:
-    """Runs component models by Triton's business logic scripting; outputs stay on the loop's device.
-
-    A component whose process died is loaded again, and the call that found out is made again: no request is lost.
-    Where it cannot be loaded, every call tries again.
-
-    Refuses until `open` is called. Triton takes calls as soon as `initialize` returned, but makes what serves them
-    a moment later: a call in between ends the server's process with a segmentation fault.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._open = device, False
-        #: Whether a model is meant to be loaded; others are not loaded again.
-        self.may_use: Callable[[str], bool] = lambda model: True  # noqa: ARG005
-        #: What keeps a model's files from being loaded; empty where they are whole.
-        self.lacking: Callable[[str], str] = lambda model: ""  # noqa: ARG005
-        self._reviving, self._revived = threading.Lock(), dict[str, float]()
-        self._options: dict[str, Any] = {}
-        if device.type == "cuda":  # outputs go to the CPU's memory unless they are asked not to
-            memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_GPU, device.index)
-            self._options["preferred_memory"] = memory
-
-    def open(self) -> None:
-        self._open = True
-
-    def run(
-        self, component: Component, inputs: Mapping[str, torch.Tensor], *, trace: object | None = None
-    ) -> dict[str, torch.Tensor]:
-        if not self._open:
-            raise errors.ComponentFailedError(
-                f"{component.model} cannot be called while Triton makes this model's instance; try again in a moment",
-                component=component.model,
-            )
-        began = time.monotonic()
-        try:
-            return self._called(component, inputs, trace)
-        except _NotThereError as error:
-            self._revive(component.model, began, error)
-            return self._called(component, inputs, trace)
-
-    def _called(
-        self, component: Component, inputs: Mapping[str, torch.Tensor], trace: object | None
-    ) -> dict[str, torch.Tensor]:
-        request = pb_utils.InferenceRequest(
-            model_name=component.model,
-            requested_output_names=[output.name for output in component.outputs],
-            inputs=[pb_utils.Tensor.from_dlpack(name, tensor.contiguous()) for name, tensor in inputs.items()],
-            parameters=dict(trace) if isinstance(trace, Mapping) else {},
-            **self._options,
-        )
-        try:
-            response = request.exec()
-        except Exception as error:
-            raise errors.ComponentFailedError(
-                f"{component.model} cannot be called: {error}", component=component.model
-            ) from error
-        if response.has_error():
-            message = response.error().message()
-            gone = errors.DEAD_PROCESS.search(message) or _NOT_LOADED.search(message)
-            kind = _NotThereError if gone else errors.ComponentFailedError
-            raise kind(f"{component.model} failed: {message}", component=component.model)
-        return {tensor.name(): self._taken(component, tensor) for tensor in response.output_tensors()}
-
-    def _revive(self, model: str, began: float, error: errors.ComponentFailedError) -> None:
-        """Load a component again whose process died, unless that was done since the call that found out began.
-
-        Triton never starts such a process again by itself.
-        """
-        if not self.may_use(model):
-            raise error
-        with self._reviving:
-            if self._revived.get(model, 0.0) > began:
-                return
-            _log.error("%s is loaded again: %s", model, error.message)
-            if lacks := self.lacking(model):
-                raise errors.ComponentFailedError(f"{error.message.rstrip('.')}; {lacks}", component=model) from error
-            try:
-                pb_utils.unload_model(model_name=model)
-                pb_utils.load_model(model_name=model)
-            except Exception as cause:
-                raise errors.ComponentFailedError(
-                    f"{error.message.rstrip('.')}; loading it again failed: {cause}", component=model
-                ) from cause
-            self._revived[model] = time.monotonic()
-
-    def load(self, model: str) -> None:
-        """Load a component that is not loaded. Raises ComponentFailedError.
-
-        A load that fails inside Triton 24.10 damages the memory that it shares with this process, which ends the server
-        now and then. So files are looked at first.
-        """
-        if lacks := self.lacking(model):
-            raise errors.ComponentFailedError(f"{model}: {lacks}", component=model)
-        with self._reviving:
-            try:
-                pb_utils.load_model(model_name=model)
-            except Exception as cause:
-                raise errors.ComponentFailedError(f"{model}: {_told(cause)}", component=model) from cause
-
-    def unload(self, model: str) -> None:
-        """Unload a component; its process has ended when this returns. Raises ComponentFailedError."""
-        process = ModelProcess(os.getpgrp(), model)
-        process.is_gone()  # which looks for it now
-        with self._reviving:
-            try:
-                pb_utils.unload_model(model_name=model)
-            except Exception as cause:
-                raise errors.ComponentFailedError(f"{model}: {_told(cause)}", component=model) from cause
-        deadline = time.monotonic() + _UNLOADING_SECONDS
-        while process.was_seen and not process.is_gone() and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)  # Triton's child and not ours: its end cannot be awaited
-
-    def is_ready(self, model: str) -> bool:
-        return bool(pb_utils.is_model_ready(model_name=model))
-
-    def _taken(self, component: Component, tensor: Any) -> torch.Tensor:
-        """An output as torch's tensor, once it is known to be on the loop's device."""
-        taken = from_dlpack(tensor.to_dlpack())
-        if taken.device != self._device:
-            raise errors.ComponentFailedError(
-                f"{component.model} gave {tensor.name()} on {taken.device}, and the loop steps on {self._device}: "
-                "give the model an instance on that device (instance_group, gpus), and Triton enough of its memory "
-                "(--cuda-memory-pool-byte-size)",
-                component=component.model,
-                output=tensor.name(),
-            )
-        return taken
-
-
-def _told(error: Exception) -> str:
-    """Triton's words of why a model does not load, in one line."""
-    return " ".join(str(error).split())
-
-
-class TritonMetrics:
-    """A registry whose series are at the server's metrics port.
-
-    Each call crosses to the server's process, in about 20 microseconds, and gives up the interpreter's lock
-    meanwhile, which takes milliseconds to get back while another thread computes: not for the stepping thread.
-    """
-
-    def __init__(self) -> None:
-        self._families: dict[str, Any] = {}
-        self._series: dict[tuple[str, tuple[str, ...]], Any] = {}
-        self._lock = threading.Lock()
-
-    def declare(self, metric: Metric, labels: tuple[str, ...]) -> None:
-        self._one(metric, labels)
-
-    def update(self, metric: Metric, labels: tuple[str, ...], value: float) -> None:
-        series = self._one(metric, labels)
-        act = {"counter": "increment", "gauge": "set", "histogram": "observe"}[metric.kind]
-        getattr(series, act)(value)
-
-    def _one(self, metric: Metric, labels: tuple[str, ...]) -> Any:
-        series = self._series.get((metric.name, labels))
-        return self._made(metric, labels) if series is None else series
-
-    def _made(self, metric: Metric, labels: tuple[str, ...]) -> Any:
-        with self._lock:  # a checkpoint that is new is declared by another thread than that which updates
-            if (metric.name, labels) in self._series:
-                return self._series[metric.name, labels]
-            family = self._families.get(metric.name)
-            if family is None:
-                kind = getattr(pb_utils.MetricFamily, metric.kind.upper())
-                family = pb_utils.MetricFamily(name=metric.name, description=metric.help, kind=kind)
-                self._families[metric.name] = family
-            options = {"buckets": list(metric.bounds)} if metric.kind == "histogram" else {}
-            series = family.Metric(labels=dict(zip(metric.labels, labels, strict=True)), **options)
-            self._series[metric.name, labels] = series
-        return series
-
-
-class TritonReply:
-    """One request's response sender, let go with its last response: Triton cannot unload while one is held.
-
-    Triton frees what a question about cancelling reads when the last response is sent: asking meanwhile ends the
-    server's process with a segmentation fault. Hence the lock.
-    """
-
-    def __init__(self, sender: Any, watch: CancelWatch) -> None:
-        self._sender: Any = sender
-        self._lock = threading.Lock()
-        self._cancelled = False
-        self._watch = watch
-        watch.add(self)
-
-    def send(self, event: Event, *, final: bool) -> None:
-        """Raises InternalError where Triton does not take it; of a last one, that is what the client gets instead."""
-        try:
-            tensors = [pb_utils.Tensor(name, array) for name, array in wire.encode_event(event).items()]
-            self._send(pb_utils.InferenceResponse(output_tensors=tensors), final)
-        except Exception as error:
-            failure = errors.InternalError(
-                f"a response cannot be handed to Triton ({error}); where memory is short, give the server more of it, "
-                "and its container more shared memory (--shm-size)"
-            )
-            if not final:
-                raise failure from error
-            _log.exception("a last response could not be sent")
-            self.fail(failure)
-
-    def fail(self, error: errors.DiffuserveError) -> None:
-        status = getattr(pb_utils.TritonError, _STATUS.get(error.code, "INTERNAL"))
-        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error.to_wire(), status))
-        try:
-            self._send(response, final=True)
-        finally:
-            with self._lock:
-                self._let_go()
-
-    def is_cancelled(self) -> bool:
-        return self._cancelled or self._sender is None
-
-    def ask(self) -> bool:
-        with self._lock:
-            if self._sender is None:
-                return False
-            self._cancelled = bool(self._sender.is_cancelled())
-            return not self._cancelled
-
-    def _send(self, response: Any, final: bool) -> None:
-        with self._lock:
-            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)
-            if final:
-                self._let_go()
-
-    def _let_go(self) -> None:
-        self._sender = None
-        self._watch.discard(self)
 
 
 def _folder(variable: str) -> Path | None:

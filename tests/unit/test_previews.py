@@ -182,7 +182,7 @@ def test_a_preview_that_takes_long_delays_nothing_and_is_never_late(
     for reply in (slow_one, *others):
         reply.wait()
         assert {event.kind for event in reply.events} == {"image"}
-    assert len(service._previews._waiting) <= 5, "of each image at most one waits"
+    assert len(service._pictures._previews._waiting) <= 5, "of each image at most one waits"
     release.set()
     service.close()
     assert len(made) == 1, "previews of pictures that are done are not made"

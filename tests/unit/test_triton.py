@@ -16,6 +16,8 @@ from diffuserve.errors import ComponentFailedError, InternalError
 from diffuserve.manifest import Component, TensorShape
 from diffuserve.request import Event
 
+#: Those that import Triton's.
+MODULES = ("diffuserve.triton", "diffuserve.bls", "diffuserve.triton_metrics", "diffuserve.triton_reply")
 UNET = Component("shapes_unet", (), (TensorShape("model_output", "FP32", ("rows",)),), "", 0)
 
 
@@ -63,9 +65,11 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         PreferredMemory=lambda kind, device: (kind, device),
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
-    monkeypatch.delitem(sys.modules, "diffuserve.triton", raising=False)
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     yield importlib.import_module("diffuserve.triton")
-    sys.modules.pop("diffuserve.triton", None)
+    for name in MODULES:
+        sys.modules.pop(name, None)
 
 
 def opened(triton: Any, device: torch.device) -> Any:

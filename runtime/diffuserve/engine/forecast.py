@@ -52,9 +52,9 @@ class Sharing(NamedTuple):
     the seconds until its components are there.
     """
 
-    weight: Callable[[str], float] = lambda name: 1.0  # noqa: ARG005
-    ahead: Callable[[str], float] = lambda name: 0.0  # noqa: ARG005
-    ready: Callable[[str], float] = lambda name: 0.0  # noqa: ARG005
+    weight: Callable[[str], float] = lambda _: 1.0
+    ahead: Callable[[str], float] = lambda _: 0.0
+    ready: Callable[[str], float] = lambda _: 0.0
 
 
 class _Group:
@@ -133,7 +133,7 @@ def forecast(
     calls: Calls,
     asked: Sequence[Demand],
     sharing: Sharing | None = None,
-    most_adapters: Callable[[Group], int] = lambda group: sys.maxsize,  # noqa: ARG005
+    most_adapters: Callable[[Group], int] = lambda _: sys.maxsize,
 ) -> Forecast:
     """When `asked`, which are among `present`, will be stepped to their end.
 

@@ -113,15 +113,15 @@ class StepPolicy:
 
     costs: StepCosts
     max_rows: Callable[[Group], int]
-    max_adapters: Callable[[Group], int] = lambda group: MAX_IMAGES  # noqa: ARG005
+    max_adapters: Callable[[Group], int] = lambda _: MAX_IMAGES
     max_images: int = MAX_IMAGES
-    row_buckets: Callable[[Group], tuple[int, ...]] = lambda group: ()  # noqa: ARG005
+    row_buckets: Callable[[Group], tuple[int, ...]] = lambda _: ()
     target_step: float | None = None
     efficiency: float | None = 0.95
     brisk: float | None = 0.85
     stretch: float = 3.0
     ageing: float = 5.0
-    weight: Callable[[str], float] = lambda name: 1.0  # noqa: ARG005
+    weight: Callable[[str], float] = lambda _: 1.0
     # Work that each client tag has had, as fair queueing's virtual time (Goyal et al. 1996, start-time fair queueing):
     # kept for tags with images in the server only, so its size is bounded.
     _served: dict[str, float] = field(default_factory=dict, init=False)
@@ -139,7 +139,7 @@ class StepPolicy:
         present: Sequence[Demand],
         now: float,
         deadline: float | None = None,
-        ready: Callable[[str], float] = lambda name: 0.0,  # noqa: ARG005
+        ready: Callable[[str], float] = lambda _: 0.0,
     ) -> Eta:
         """When new images will be done, beside those that are present. `ready` is the seconds until a checkpoint's
         components are there.
