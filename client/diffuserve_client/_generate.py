@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from diffuserve.errors import InvalidArgumentError
-from diffuserve.request import GenerateRequest
+from diffuserve.request import IMAGE_FORMATS, GenerateRequest
 from diffuserve_client._exits import complain, errors_as_exit_codes
 from diffuserve_client._files import FORMAT_OF_SUFFIX, check_writable, numbered, write_atomically
 from diffuserve_client._options import AsJson, ConnectionOptions, open_client, with_options
-from diffuserve_client._request_options import FromImage, Prompt, RequestOptions, request_from_options
+from diffuserve_client._request_options import FromImage, Prompt, RequestOptions, one_of, request_from_options
 from diffuserve_client._terminal import watching
 
 if TYPE_CHECKING:
@@ -37,7 +37,12 @@ class OutputOptions:
         Path, typer.Option("--output", "-o", help="The file; several images become NAME-0, NAME-1 and so on.")
     ] = Path("out.png")
     image_format: Annotated[
-        str | None, typer.Option("--format", help="png, jpeg or webp; else what the file's suffix says.")
+        str | None,
+        typer.Option(
+            "--format",
+            help="png, jpeg or webp; else what the file's suffix says.",
+            autocompletion=one_of(IMAGE_FORMATS),
+        ),
     ] = None
     metadata: Annotated[
         bool,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from diffuserve.errors import InvalidArgumentError
-from diffuserve.request import GenerateRequest
+from diffuserve.metadata.infotext import SAMPLER_LABELS, SCHEDULE_LABELS
+from diffuserve.request import PROMPT_SYNTAXES, GenerateRequest
 from diffuserve_client._exits import complain
 
-__all__ = ["FromImage", "Prompt", "RequestOptions", "read_picture", "request_from_options"]
+__all__ = ["FromImage", "Prompt", "RequestOptions", "one_of", "read_picture", "request_from_options"]
 
 Prompt = Annotated[
     str | None, typer.Argument(help="What the picture should show. With --from-image, that picture's unless given.")
@@ -26,8 +28,18 @@ FromImage = Annotated[
 ]
 
 
-def _option(text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel="Picture")
+def one_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """For typer's `autocompletion`."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [one for one in choices if one.startswith(incomplete)]
+
+    return complete
+
+
+def _option(text: str, *names: str, choices: Iterable[str] | None = None) -> Any:
+    completion = None if choices is None else one_of(choices)
+    return typer.Option(*names, help=text, rich_help_panel="Picture", autocompletion=completion)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +48,8 @@ class RequestOptions:
 
     negative_prompt: Annotated[str | None, _option("What it should not show.")] = None
     prompt_syntax: Annotated[
-        str | None, _option(r"plain, or a1111 for (weights:1.3), \[less] and BREAK in both prompts.")
+        str | None,
+        _option(r"plain, or a1111 for (weights:1.3), \[less] and BREAK in both prompts.", choices=PROMPT_SYNTAXES),
     ] = None
     checkpoint: Annotated[str | None, _option("A deployed checkpoint.")] = None
     clip_skip: Annotated[int | None, _option("The text encoder's last layers to leave out.")] = None
@@ -45,8 +58,10 @@ class RequestOptions:
     steps: Annotated[int | None, _option("Denoising steps.")] = None
     guidance_scale: Annotated[float | None, _option("How closely to follow the prompt.")] = None
     guidance_rescale: Annotated[float | None, _option("0 to 1: against over-exposure by guidance.")] = None
-    sampler: Annotated[str | None, _option("Such as euler, unipc, 'DPM++ 2M Karras'.")] = None
-    sigma_schedule: Annotated[str | None, _option("normal, karras, exponential, beta or sgm_uniform.")] = None
+    sampler: Annotated[str | None, _option("Such as euler, unipc, 'DPM++ 2M Karras'.", choices=SAMPLER_LABELS)] = None
+    sigma_schedule: Annotated[
+        str | None, _option("normal, karras, exponential, beta or sgm_uniform.", choices=SCHEDULE_LABELS)
+    ] = None
     eta: Annotated[float | None, _option("0 to 1: fresh noise of ddim and tcd.")] = None
     seed: Annotated[int | None, _option("Image i uses SEED + i; one is drawn otherwise, and for -1.")] = None
     num_images: Annotated[int | None, _option("How many.", "--num-images", "-n")] = None

@@ -20,7 +20,7 @@ from typing import Any, Final
 from diffuserve import __version__
 from diffuserve.lora.choice import LoraChoice
 
-__all__ = ["MAX_CHARACTERS", "infotext", "parameters_from_infotext"]
+__all__ = ["MAX_CHARACTERS", "SAMPLER_LABELS", "SCHEDULE_LABELS", "infotext", "parameters_from_infotext"]
 
 #: Two prompts as long as they may be, and as much again.
 MAX_CHARACTERS: Final = 1 << 15
@@ -33,8 +33,8 @@ _PAIR: Final = re.compile(r'\s*(\w[\w \-/]{1,63}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?
 _LEAST_PAIRS: Final = 3  # fewer are the last line of a prompt
 _SIZE: Final = re.compile(r"(\d{1,9})x(\d{1,9})\Z")
 
-# The web UI's names of samplers. Those that it does not have are written in its manner.
-_SAMPLERS: Final = {
+#: The web UI's names of samplers. Those that it does not have are written in its manner.
+SAMPLER_LABELS: Final = {
     "ddim": "DDIM",
     "ddpm": "DDPM",
     "euler": "Euler",
@@ -53,7 +53,7 @@ _SAMPLERS: Final = {
     "lcm": "LCM",
     "tcd": "TCD",
 }
-_SCHEDULES: Final = {
+SCHEDULE_LABELS: Final = {
     "normal": "Normal",
     "karras": "Karras",
     "exponential": "Exponential",
@@ -81,8 +81,8 @@ def infotext(parameters: Mapping[str, Any], *, begins_with_picture: bool = False
     tags = "".join(f" <lora:{one.name}:{_number(one.weight)}>" for one in map(LoraChoice.parse, known.get("loras", ())))
     said: dict[str, Any] = {
         "Steps": known.get("steps"),
-        "Sampler": _SAMPLERS.get(known.get("sampler", ""), known.get("sampler")),
-        "Schedule type": _SCHEDULES.get(known.get("sigma_schedule", ""), known.get("sigma_schedule")),
+        "Sampler": SAMPLER_LABELS.get(known.get("sampler", ""), known.get("sampler")),
+        "Schedule type": SCHEDULE_LABELS.get(known.get("sigma_schedule", ""), known.get("sigma_schedule")),
         "CFG scale": known.get("guidance_scale"),
         "Seed": known.get("seed"),
         "Size": f"{known['width']}x{known['height']}" if {"width", "height"} <= known.keys() else None,

@@ -95,3 +95,20 @@ def test_without_metadata_the_file_is_as_it_came(fake: FakeTriton) -> None:
     assert Path("out.png").read_bytes() == picture()
     made(fake, "generate", "a")
     assert Path("out.png").read_bytes() != picture()
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("img", ["img2img"]),
+        ("inpaint --tls-c", ["--tls-ca", "--tls-cert"]),
+        ("generate --sampler dpmpp_2m", ["dpmpp_2m", "dpmpp_2m_sde"]),
+        ("generate --sigma-schedule k", ["karras"]),
+        ("img2img --format ", ["png", "jpeg", "webp"]),
+    ],
+)
+def test_the_shell_completes(typed: str, offered: list[str]) -> None:
+    words = f"diffuserve {typed}"
+    environment = {"_DIFFUSERVE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = CliRunner().invoke(app, [], prog_name="diffuserve", env=environment)
+    assert result.stdout.split() == offered
