@@ -1,11 +1,11 @@
-"""Arrivals, and what is said of latencies. No torch is imported here: simulations need these as well."""
+"""Arrivals, and what is said of latencies: as `diffuserve bench` has them, and with no torch, for simulations too."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+from itertools import islice
 
-import numpy as np
+from diffuserve_client._bench.figures import percentile
+from diffuserve_client._bench.load import poisson_arrivals
 
 __all__ = ["STEPS", "arrivals", "percentile"]
 
@@ -14,14 +14,5 @@ STEPS = (4, 8, 20, 50)
 
 
 def arrivals(count: int, rate: float, seed: int) -> list[float]:
-    """Seconds at which the requests of a Poisson process with `rate` a second arrive."""
-    rng = random.Random(seed)
-    times, now = list[float](), 0.0
-    for _ in range(count):
-        now += rng.expovariate(rate)
-        times.append(now)
-    return times
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    return float(np.quantile(values, share))
+    """Seconds at which the first requests of a Poisson process with `rate` a second arrive."""
+    return list(islice(poisson_arrivals(rate, seed), count))

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from diffuserve import __version__
+from diffuserve_client._bench import bench
 from diffuserve_client._doctor import DOCTOR_EXIT_CODES_HELP, doctor
 from diffuserve_client._exits import EXIT_CODES_HELP
 from diffuserve_client._generate import generate, img2img, inpaint
@@ -44,7 +45,7 @@ def main(
     pass
 
 
-for command in (generate, img2img, inpaint, models):
+for command in (generate, img2img, inpaint, models, bench):
     app.command(epilog=EXIT_CODES_HELP)(command)
 app.command(epilog=HEALTH_EXIT_CODES_HELP)(health)
 app.command(epilog=DOCTOR_EXIT_CODES_HELP)(doctor)

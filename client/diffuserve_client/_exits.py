@@ -17,7 +17,7 @@ from diffuserve.errors import (
 )
 from diffuserve_client._errors import ConnectionFailedError
 
-__all__ = ["EXIT_CODES_HELP", "complain", "errors_as_exit_codes", "exit_code"]
+__all__ = ["EXIT_CODES_HELP", "EXIT_INTERRUPTED", "complain", "errors_as_exit_codes", "exit_code"]
 
 EXIT_CODES_HELP: Final = (
     "Exit codes: 0 done; 1 any other failure; 2 a bad value or usage, or something that the server does not have; "
@@ -30,7 +30,7 @@ _EXIT_CODES: Final[tuple[tuple[type[DiffuserveError], int], ...]] = (
     (ConnectionFailedError, 3),
     (UnavailableError, 4),
 )
-_EXIT_INTERRUPTED: Final = 130
+EXIT_INTERRUPTED: Final = 130
 
 
 def exit_code(error: DiffuserveError) -> int:
@@ -47,7 +47,7 @@ def errors_as_exit_codes() -> Iterator[None]:
         raise typer.Exit(exit_code(error)) from error
     except KeyboardInterrupt as error:
         complain("interrupted")
-        raise typer.Exit(_EXIT_INTERRUPTED) from error
+        raise typer.Exit(EXIT_INTERRUPTED) from error
 
 
 def complain(message: str) -> None:
