@@ -18,6 +18,9 @@ from diffuserve_client._health import HEALTH_EXIT_CODES_HELP, health
 from diffuserve_client._models import models
 from diffuserve_client._repository import repository
 from diffuserve_client._rollout import rollout
+from diffuserve_client._studio.angles import angles
+from diffuserve_client._studio.compare import compare
+from diffuserve_client._studio.storyboard import storyboard
 
 __all__ = ["app"]
 
@@ -45,7 +48,7 @@ def main(
     pass
 
 
-for command in (generate, img2img, inpaint, models, bench):
+for command in (generate, img2img, inpaint, compare, storyboard, angles, models, bench):
     app.command(epilog=EXIT_CODES_HELP)(command)
 app.command(epilog=HEALTH_EXIT_CODES_HELP)(health)
 app.command(epilog=DOCTOR_EXIT_CODES_HELP)(doctor)
