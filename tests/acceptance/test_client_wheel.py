@@ -110,7 +110,7 @@ def test_real_requests_succeed(installed: tuple[Path, float], server: Any, clien
 
 
 def test_what_needs_another_extra_says_which(installed: tuple[Path, float], tmp_path: Path) -> None:
-    command = [installed[0] / "diffuserve", "bench", "--plot", "out.png"]
+    command = [str(installed[0] / "diffuserve"), "bench", "--plot", "out.png"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2,

@@ -48,14 +48,14 @@ class LoadOptions:
 
     concurrency: Annotated[
         str | None,
-        _option("Load", "Closed loop: requests under way at once; with commas, one run for each. (default: 1)"),
+        _option("Load", "Closed loop: requests under way at once; with commas, one run for each.", show_default="1"),
     ] = None
     rate: Annotated[
         str | None,
         _option("Load", "Open loop: requests a second, Poisson arrivals; with commas, one run for each."),
     ] = None
     requests: Annotated[
-        int | None, _option("Load", f"Requests that each run measures. (default: {_DEFAULT_REQUESTS})")
+        int | None, _option("Load", "Requests that each run measures.", show_default=str(_DEFAULT_REQUESTS))
     ] = None
     duration: Annotated[float | None, _option("Load", "Seconds for which each run sends, instead.")] = None
     warm_up: Annotated[int, _option("Load", "Requests that each run begins with and does not count.")] = 8

@@ -130,10 +130,12 @@ def test_a_run_of_errors_alone_is_a_failure(serve: Serve) -> None:
     assert "3 queue_full" in result.stdout
 
 
-def test_a_server_that_is_not_there_is_told_as_by_every_command() -> None:
-    result = run("--url", "localhost:1")
+def test_every_server_must_be_there(serve: Serve) -> None:
+    fake = serve(with_status(answer))
+    result = run("--url", f"{fake.url},localhost:1")
     assert result.exit_code == 3
     assert re.fullmatch(r"diffuserve: cannot reach a server at localhost:1 .*\n", result.stderr)
+    assert fake.requests == []
 
 
 @pytest.mark.parametrize(
