@@ -46,10 +46,11 @@ def models(*, connection: ConnectionOptions, as_json: AsJson = False) -> None:
 
 
 def _table(status: Mapping[str, Any]) -> Any:
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("checkpoint", "state")
+    table = Table("checkpoint", "state", box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("GB", "last use", "weight", "requests", "waiting", "loads", "last load"):
         table.add_column(title, justify="right")
     for name, one in status["checkpoints"].items():
