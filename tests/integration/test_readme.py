@@ -67,6 +67,17 @@ def test_the_librarys_asynchronous_example(server: Any, tmp_path: Path) -> None:
         assert opened.size == (64, 64)
 
 
+def test_the_commands_example(server: Any, tmp_path: Path) -> None:
+    said = run(["bash", "-euo", "pipefail", "-c"], server, tmp_path, example("command", "docs/client.md"))
+    lines = said.splitlines()
+    assert [line.split("  ")[:2] for line in lines[:3:2]] == [["ring.png", "seed 7"], ["another.png", "seed 8"]]
+    assert lines[1].startswith("larger.png  seed ")
+    assert any(line.startswith("shapes: takes width ") for line in lines)
+    for name in ("ring.png", "another.png"):
+        verdict = judge(Image.open(tmp_path / name))
+        assert verdict.matches(Scene("small", "green", "ring", "white")), (name, verdict)
+
+
 def test_the_test_command_is_one_that_the_makefile_has() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     command = re.search(r"<!-- test command -->\n```bash\n(make \w+)\n```", text)

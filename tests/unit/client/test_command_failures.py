@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+import trustme
 from typer.testing import CliRunner, Result
 
 from diffuserve.errors import InvalidArgumentError
@@ -52,7 +54,28 @@ def test_no_server(command: tuple[str, ...]) -> None:
 
 def test_tls_with_a_server_that_does_not_speak_it(fake: FakeTriton) -> None:
     code, line = failed("generate", "a", "--url", fake.url, "--tls")
-    assert (code, fake.url in line) == (3, True)
+    assert code == 3
+    assert line.startswith(f"TLS with the server at {fake.url} failed (it does not speak TLS); connect without tls")
+
+
+def test_tls_with_a_server_that_is_not_trusted(tmp_path: Path) -> None:
+    authority, other = trustme.CA(), trustme.CA()
+    theirs = authority.issue_cert("localhost")
+    for name, one in (("ca", authority), ("other", other)):
+        one.cert_pem.write_to_path(tmp_path / f"{name}.pem")
+    pair = (theirs.private_key_pem.bytes(), theirs.cert_chain_pems[0].bytes())
+    fake = FakeTriton(credentials=grpc.ssl_server_credentials([pair]))
+    try:
+        result = CliRunner().invoke(app, ["generate", "a", "--url", fake.url, "--tls-ca", "ca.pem"])
+        assert result.exit_code == 0, result.stderr
+        code, line = failed("generate", "a", "--url", fake.url, "--tls-ca", "other.pem")
+        assert code == 3
+        assert line.startswith(f"TLS with the server at {fake.url} failed (")
+        assert "ca must be the authority that signed the server's certificate" in line
+        code, line = failed("generate", "a", "--url", fake.url)
+        assert (code, "expects TLS" in line) == (3, True)
+    finally:
+        fake.stop()
 
 
 @pytest.mark.parametrize(
