@@ -19,9 +19,7 @@ def told(server: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("bench")
     load = ("--rate", "20", "--requests", "10", "--warm-up", "2", "--deadline-ms", "60000")
     command = [sys.executable, "-m", "diffuserve_client", "bench", "--url", server.grpc_url, *load, *MIX]
-    done = subprocess.run(
-        [*command, "--json", "out.json"], capture_output=True, text=True, timeout=120, cwd=folder
-    )
+    done = subprocess.run([*command, "--json", "out.json"], capture_output=True, text=True, timeout=120, cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert "10 of 10 requests done; no errors" in done.stdout
     return json.loads((folder / "out.json").read_text(encoding="utf-8"))
