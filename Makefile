@@ -52,8 +52,8 @@ accept-client: $(INSTALLED) ## The client: 500 requests to a server that is kill
 accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests that fail and cancel, 200 random mixes
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_engine_soak.py tests/acceptance/test_same_picture_in_any_company.py
 
-accept-families: $(INSTALLED) ## Small checkpoints of every family through the whole service, against diffusers
-	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_families.py
+accept-families: $(INSTALLED) ## Small checkpoints of every family through the whole service, against diffusers, and in half precision
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_families.py tests/acceptance/test_half_precision.py
 
 accept-requests: $(INSTALLED) ## 50 steps, snapshots after every step, clients that exhaust a server, masks with every sampler, previews, tiles
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_fifty_steps.py tests/acceptance/test_handing_over.py \
