@@ -15,6 +15,7 @@ DEPLOYMENT ?= build/deployments/shapes
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
+WORKERS ?= 2
 
 export PYTHONPATH := checkpoints
 
@@ -39,8 +40,11 @@ demo: $(INSTALLED) ## Export the reference checkpoint, start Triton, make build/
 	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes
 	$(PYTHON) bench/demo.py "$(PROMPT)"
 
-test: $(INSTALLED) ## All tests but the long ones, real Triton included
-	$(PYTHON) -m pytest --ignore tests/acceptance
+# A worker has all tests of a file. In their order: integration tests, which take longest, come before unit tests.
+# What looks at the clock comes last, by itself.
+test: $(INSTALLED) ## All tests but the long ones, real Triton included [WORKERS=2]
+	$(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone" --ignore tests/acceptance
+	$(PYTHON) -m pytest -m alone tests/integration
 
 accept-client: $(INSTALLED) ## The client: 500 requests to a server that is killed twice, hand-over, TLS [ONLY=killed]
 	$(PYTHON) -m pytest -s --timeout 3600 $(if $(ONLY),-k "$(ONLY)") tests/acceptance/test_client_*.py
@@ -48,12 +52,12 @@ accept-client: $(INSTALLED) ## The client: 500 requests to a server that is kill
 accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests that fail and cancel, 200 random mixes
 	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_engine_soak.py tests/acceptance/test_same_picture_in_any_company.py
 
-accept-families: $(INSTALLED) ## Small checkpoints of every family through the whole service, against diffusers
-	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_families.py
+accept-families: $(INSTALLED) ## Small checkpoints of every family through the whole service, against diffusers, and in half precision
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_families.py tests/acceptance/test_half_precision.py
 
-accept-requests: $(INSTALLED) ## Snapshots after every step, clients that exhaust a server, masks with every sampler, previews and tiles
-	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_handing_over.py tests/acceptance/test_exhaustion.py \
-		tests/acceptance/test_inpainting.py tests/acceptance/test_previews_and_tiles.py
+accept-requests: $(INSTALLED) ## 50 steps, snapshots after every step, clients that exhaust a server, masks with every sampler, previews, tiles
+	$(PYTHON) -m pytest -s --timeout 3600 tests/acceptance/test_fifty_steps.py tests/acceptance/test_handing_over.py \
+		tests/acceptance/test_exhaustion.py tests/acceptance/test_inpainting.py tests/acceptance/test_previews_and_tiles.py
 
 accept-tensorrt: $(INSTALLED) ## Full-size SD1.5 and SDXL to TensorRT-RTX engines, quantized pictures: 20 GB of memory and of disk [ONLY=sdxl WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 7200 $(if $(ONLY),-k "$(ONLY)") \

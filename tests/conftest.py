@@ -16,6 +16,11 @@ settings.load_profile("patient")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others, which have the other cores
+    import torch
+
+    torch.set_num_threads(1)
+
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "shapes"
 
@@ -72,6 +77,14 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Small checkpoints of every family, each made when it is first asked for."""
+    from integration.families import Families
+
+    return Families(tmp_path_factory.mktemp("families"))
+
+
 @pytest.fixture(scope="session")
 def lora_deployment(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The shapes checkpoint as `sd15`, with adapters of rank 8; made once, and again when it or the export changes."""
@@ -98,6 +111,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quiet_diffusers() -> Iterator[None]:
+    """Some schedulers say on every table what they adjust."""
+    import diffusers
+
+    before = diffusers.logging.get_verbosity()
+    diffusers.logging.set_verbosity_error()
+    yield
+    diffusers.logging.set_verbosity(before)
 
 
 @pytest.fixture(scope="session")

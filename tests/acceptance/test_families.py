@@ -25,11 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    return Families(tmp_path_factory.mktemp("families"))
-
-
-@pytest.fixture(scope="module")
 def exported(families: Families, deployment: Path) -> Deployment:
     """All of them in one deployment; made once, and again when a checkpoint or the export changes."""
     return exported_families(families, tuple(FAMILIES), ROOT / "build" / "deployments" / "families", deployment)

@@ -26,11 +26,6 @@ BESIDE = [
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    return Families(tmp_path_factory.mktemp("families"))
-
-
-@pytest.fixture(scope="module")
 def served(families: Families, one_thread: None) -> Served:
     """In two parts, since a server takes 256 pictures at a time."""
     first, second = (

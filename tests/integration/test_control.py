@@ -20,8 +20,8 @@ from PIL import Image
 from conftest import ROOT
 from diffuserve.server import ServerOptions, TritonServer
 from diffuserve_client import Client, GenerateRequest, InvalidArgumentError, UnsupportedError
-from integration.families import Families, exported_families, torch_families
-from integration.family_cases import CASES, CONTROL, Case, Served, difference, expected, serve
+from integration.families import Families, exported_families
+from integration.family_cases import CASES, CONTROL, Case, Served, difference, expected
 from shapes_recipe.control import agreement, contradicted, posed, silhouette
 from unit.pictures import SVG, encoded
 
@@ -29,16 +29,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("inpaint-control", "sdxl-control")
 IN_TRITON = [case for case in CASES if case.family == "sd15-control"]
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    return Families(tmp_path_factory.mktemp("controlled"))
-
-
-@pytest.fixture(scope="module")
-def served(families: Families, one_thread: None) -> Served:
-    return serve(*torch_families(families, NAMES, families.root / "deployment"))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.family in NAMES], ids=str)

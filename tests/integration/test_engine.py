@@ -16,6 +16,8 @@ import pytest
 from diffuserve.server import ServerOptions, TritonServer
 from diffuserve_client import Client, DeadlineError, GenerateRequest, Retry
 
+pytestmark = pytest.mark.alone
+
 
 @dataclass
 class Logged:

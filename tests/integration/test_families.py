@@ -10,24 +10,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from integration.families import Families, torch_families
-from integration.family_cases import CASES, Case, Served, difference, expected, serve, usual
+from integration.families import Families
+from integration.family_cases import CASES, Case, Served, difference, expected, usual
 from unit.pictures import mask, picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: SD1.5 is what every other test is about.
 NAMES = ("sd15-inpaint", "sd21", "lcm", "sdxl", "sdxl-inpaint", "turbo")
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    return Families(tmp_path_factory.mktemp("families"))
-
-
-@pytest.fixture(scope="module")
-def served(families: Families, one_thread: None) -> Served:
-    return serve(*torch_families(families, NAMES, families.root / "deployment"))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.family in NAMES], ids=str)

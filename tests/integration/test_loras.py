@@ -50,11 +50,6 @@ WITH_CONTROLNET = "StableDiffusionControlNetPipeline"
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    return Families(tmp_path_factory.mktemp("adapted"))
-
-
-@pytest.fixture(scope="module")
 def served_and_files(families: Families, one_thread: None) -> tuple[Served, Mapping[str, Path]]:
     deployment, models = torch_families(families, tuple(PIPELINES), families.root / "deployment", lora_rank=RANK)
     small, large = deployment.manifest("sd15"), deployment.manifest("sdxl")

@@ -22,11 +22,6 @@ CASES = [case for case in ALL if case.family in NAMES]
 
 
 @pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
-    return Families(tmp_path_factory.mktemp("families"))
-
-
-@pytest.fixture(scope="module")
 def served(families: Families, one_thread: None) -> Served:
     deployment, models = torch_families(families, NAMES, families.root / "deployment")
     put_embeddings(deployment.embeddings, large="sdxl")

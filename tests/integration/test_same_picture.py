@@ -25,9 +25,8 @@ SIZES = ((64, 64), (96, 96))
 SEEDS = (0, 1234, 2**53 + 1)
 
 
-@pytest.mark.parametrize("steps", [4, 20, 50])
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-def test_no_pixel_differs_by_more_than_two_levels(client: Client, pipeline: Any, sampler: str, steps: int) -> None:
+def check_same_pictures(client: Client, pipeline: Any, sampler: str, steps: int) -> None:
+    """All sizes and seeds, with guidance and without, at once: no pixel differs by more than two levels."""
     class_name, options = SCHEDULERS[sampler]
     own = pipeline.scheduler
     scheduler = getattr(diffusers, class_name).from_config(own.config, **options)
@@ -59,6 +58,12 @@ def test_no_pixel_differs_by_more_than_two_levels(client: Client, pipeline: Any,
         for seed, image in zip(SEEDS, images, strict=True):
             difference = np.abs(served[size, guidance, seed] - np.asarray(image).astype(int)).max()
             assert difference <= 2, f"{sampler} {steps} steps {size} guidance {guidance} seed {seed}: {difference}/255"
+
+
+# The other samplers' 50 steps are in tests/acceptance/test_fifty_steps.py.
+@pytest.mark.parametrize(("sampler", "steps"), [*itertools.product(SCHEDULERS, (4, 20)), ("dpmpp_2m", 50)])
+def test_no_pixel_differs_by_more_than_two_levels(client: Client, pipeline: Any, sampler: str, steps: int) -> None:
+    check_same_pictures(client, pipeline, sampler, steps)
 
 
 #: What is asked for, and diffusers' scheduler and options for it. One size and seed each.

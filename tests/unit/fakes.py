@@ -15,19 +15,9 @@ from diffuserve.components import InProcessRunner
 from diffuserve.errors import DiffuserveError
 from diffuserve.manifest import Component, Deployment, LatentColours, Manifest, Range, TensorShape
 from diffuserve.request import Event
+from diffuserve.sampling.matrix import REFERENCE
 
 TOKENIZER = Path(__file__).parents[2] / "checkpoints" / "shapes" / "tokenizer" / "tokenizer.json"
-SCHEDULER = {
-    "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "skip_prk_steps": True,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "clip_sample": False,
-}
 Model = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -73,7 +63,7 @@ def write_deployment(root: Path, *names: str, max_rows: int = 64, **values: Any)
             latent_scale=8,
             guidance_scale=7.5,
             token_limit=77,
-            scheduler=SCHEDULER,
+            scheduler=REFERENCE,
             # The first three channels are the colour, as FakeModels.decode has it but for the tanh.
             colours=LatentColours(((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0)), (0.0, 0.0, 0.0)),
             components={one: component(one) for one in ("text_encoder", "unet", "vae_decoder", "vae_encoder")},

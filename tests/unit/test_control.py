@@ -22,8 +22,9 @@ from diffuserve.errors import DiffuserveError, InvalidArgumentError, Unsupported
 from diffuserve.manifest import Conditioning, Deployment
 from diffuserve.request import Event, GenerateRequest
 from diffuserve.sampling import TrajectoryCompiler
+from diffuserve.sampling.matrix import REFERENCE
 from diffuserve.service import DiffusionService
-from unit.fakes import SCHEDULER, FakeModels, Recorder, write_deployment
+from unit.fakes import FakeModels, Recorder, write_deployment
 from unit.pictures import SVG, encoded, mask, picture, png_of_size
 from unit.test_handing_over import drained_at
 
@@ -112,7 +113,7 @@ def make_track(seed: int, control: Control | None = None, rows: int = 2) -> Trac
     generator = torch.Generator().manual_seed(seed)
     return Track(
         group=Group("any", 16, 24),
-        trajectory=TrajectoryCompiler(SCHEDULER)("ddim", 3),
+        trajectory=TrajectoryCompiler(REFERENCE)("ddim", 3),
         guidance_scale=5.0,
         latents=torch.randn((4, 2, 3), generator=generator),
         conditioning={HIDDEN_STATES: torch.randn((rows, 3, 2), generator=generator)},

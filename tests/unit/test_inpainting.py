@@ -21,10 +21,11 @@ from diffuserve.images import mask_from_image, resized
 from diffuserve.manifest import Conditioning, Deployment
 from diffuserve.request import GenerateRequest
 from diffuserve.sampling import TrajectoryCompiler
+from diffuserve.sampling.matrix import REFERENCE
 from diffuserve.service import DiffusionService
 from diffuserve.snapshot import ImageState
 from diffuserve.spec import SAMPLE_INPAINT
-from unit.fakes import SCHEDULER, FakeModels, Recorder, write_deployment
+from unit.fakes import FakeModels, Recorder, write_deployment
 from unit.pictures import SVG, encoded, mask, picture, png_of_size
 
 TELLS_MASKS = Conditioning(sample=SAMPLE_INPAINT)
@@ -114,13 +115,13 @@ def test_sixteen_bits_of_grey_are_scaled(checkpoint: Checkpoint) -> None:
 def _drawing(given: Given, strength: float | None) -> ImageState:
     """First latents whose draws of noise are 1, 2, 3 and so on."""
     drawn = iter(range(1, 9))
-    trajectory = TrajectoryCompiler(SCHEDULER)("ddim", 10, strength=strength)
+    trajectory = TrajectoryCompiler(REFERENCE)("ddim", 10, strength=strength)
     return begun(ImageState.new(0), trajectory, given, lambda: torch.full((4, 2, 2), float(next(drawn))))
 
 
 def test_noise_is_drawn_in_diffusers_order() -> None:
     moments, covered = torch.stack([torch.zeros(4, 2, 2), torch.ones(4, 2, 2)]), torch.ones(1, 2, 2) > 0
-    scale = TrajectoryCompiler(SCHEDULER)("ddim", 10, strength=0.5)
+    scale = TrajectoryCompiler(REFERENCE)("ddim", 10, strength=0.5)
     plain = _drawing(Given(), None)
     assert (plain.draws, plain.latents[0, 0, 0].item(), plain.masked) == (1, 1.0, None)
     image = _drawing(Given(moments), 0.5)

@@ -13,11 +13,12 @@ from diffuserve.engine import HIDDEN_STATES, Group, LatentPool, Masked, Track
 from diffuserve.lora.packing import Adapter
 from diffuserve.lora.stack import AdapterStack
 from diffuserve.sampling import SAMPLERS, TrajectoryCompiler, make_scheduler
-from unit.fakes import SCHEDULER, component
+from diffuserve.sampling.matrix import REFERENCE
+from unit.fakes import component
 from unit.lora.files import LAYOUTS, adapted
 
 SHAPE = (4, 6, 8)
-COMPILER = TrajectoryCompiler(SCHEDULER)
+COMPILER = TrajectoryCompiler(REFERENCE)
 
 
 def make_track(seed: int, rows: int = 2, steps: int = 3, **values: Any) -> Track:
@@ -104,7 +105,7 @@ def test_what_a_mask_keeps_is_as_noisy_as_the_next_call_wants_it() -> None:
 
     for _ in range(3):
         pool.step([track], watched)
-    scheduler = make_scheduler(SCHEDULER, SAMPLERS["ddim"])
+    scheduler = make_scheduler(REFERENCE, SAMPLERS["ddim"])
     scheduler.set_timesteps(3)
     kept = ~masked.mask.expand(SHAPE)
     for sample, timestep in zip(seen[1:], scheduler.timesteps[1:], strict=True):

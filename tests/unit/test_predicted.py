@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 
 from diffuserve.sampling import SAMPLERS, Trajectory, TrajectoryCompiler, compile_trajectory, make_scheduler
 from diffuserve.sampling.matrix import PREDICTIONS, REFERENCE
+
+pytestmark = pytest.mark.usefixtures("quiet_diffusers")
 
 SHAPE = (1, 4, 3, 5)
 STEPS = 7
@@ -21,14 +21,6 @@ KEPT_X0 = ("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPC
 KEPT_NOISE = ("DEISMultistepScheduler",)
 #: diffusers has none of these.
 NO_SAMPLE_PREDICTION = ("euler_ancestral", "dpm2", "dpm2_ancestral", "pndm")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    before = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()
-    yield
-    diffusers.logging.set_verbosity(before)
 
 
 def reference(scheduler: Any, output: torch.Tensor, t: Any, x: torch.Tensor, stepped: Any) -> torch.Tensor:

@@ -123,6 +123,19 @@ class Served:
         self.service.submit(GenerateRequest(**values), reply, request_id=request_id)
         return reply
 
+    def held(self, **values: Any) -> tuple[Recorder, threading.Event]:
+        """A request in its first UNet call, which no call goes on from before the event is set."""
+        stepped, go_on = threading.Event(), threading.Event()
+
+        def hold(call: int) -> None:
+            stepped.set()
+            assert go_on.wait(20)
+
+        self.models.before_unet = hold
+        reply = self.ask(**values)
+        assert stepped.wait(20)
+        return reply, go_on
+
     def info(self, **values: Any) -> dict[str, Any]:
         return dict(self.ask(**values).wait().events[-1].info)
 
@@ -203,15 +216,7 @@ def test_a_snapshot_pins_the_checkpoint(served: Served) -> None:
     served.wait(lambda status: "v2" in status["checkpoints"])
     served.set("shop=v2")
     served.wait(lambda status: status["aliases"])
-    stepped, go_on = threading.Event(), threading.Event()
-
-    def hold(call: int) -> None:
-        stepped.set()
-        assert go_on.wait(20)
-
-    served.models.before_unet = hold
-    reply = served.ask(checkpoint="shop", steps=8, seed=1)
-    assert stepped.wait(20)
+    reply, go_on = served.held(checkpoint="shop", steps=8, seed=1)
     draining = threading.Thread(target=served.service.drain, args=(0.0,))
     draining.start()
     while served.service.status()["state"] != "draining":
@@ -316,15 +321,7 @@ def test_requests_under_way_end_with_the_checkpoint_that_they_began_with(served:
     served.wait(lambda status: "v2" in status["checkpoints"])
     served.set("shop=v1")
     served.wait(lambda status: status["aliases"])
-    stepped, go_on = threading.Event(), threading.Event()
-
-    def hold(call: int) -> None:
-        stepped.set()
-        assert go_on.wait(20)
-
-    served.models.before_unet = hold
-    reply = served.ask(checkpoint="shop", steps=4)
-    assert stepped.wait(20)
+    reply, go_on = served.held(checkpoint="shop", steps=4)
     served.set("shop=v2")
     served.wait(lambda status: status["aliases"] == {"shop": {"v2": 1.0}})
     after = served.ask(checkpoint="shop", steps=4)

@@ -19,21 +19,7 @@ from diffuserve.engine_session import EngineSession
 from diffuserve.errors import ComponentFailedError, InvalidArgumentError, from_wire
 from diffuserve.profiles import EngineFacts, Profile, Range
 from unit import fake_tensorrt
-
-
-class Tensor:
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        self._name, self.tensor = name, tensor
-
-    @classmethod
-    def from_dlpack(cls, name: str, tensor: torch.Tensor) -> Tensor:
-        return cls(name, tensor)
-
-    def name(self) -> str:
-        return self._name
-
-    def to_dlpack(self) -> Any:
-        return self.tensor.__dlpack__()
+from unit.fake_backend import Tensor
 
 
 @dataclasses.dataclass

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-import diffusers
 import pytest
 import torch
 
@@ -18,7 +17,7 @@ from diffuserve.errors import UnsupportedError
 from diffuserve.sampling import SAMPLERS, SCHEDULES, TrajectoryCompiler, make_scheduler
 from diffuserve.sampling.matrix import PREDICTIONS, REFERENCE, SPACINGS, cells
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet_diffusers")
 
 STEPS = (1, 2, 4, 10, 20, 50)
 SHAPE = (4, 3, 5)
@@ -87,15 +86,6 @@ def _every_case() -> Iterator[Case]:
 
 
 CASES = {case: number for number, case in enumerate(_every_case())}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Some schedulers say on every table what they adjust."""
-    before = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()
-    yield
-    diffusers.logging.set_verbosity(before)
 
 
 @cache

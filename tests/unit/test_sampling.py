@@ -11,7 +11,7 @@ import torch
 
 from diffuserve.errors import InvalidArgumentError, UnsupportedError
 from diffuserve.sampling import SAMPLERS, CompileError, TrajectoryCompiler, compile_trajectory, make_scheduler
-from unit.fakes import SCHEDULER as SD15
+from diffuserve.sampling.matrix import REFERENCE as SD15
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

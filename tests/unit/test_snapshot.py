@@ -15,12 +15,12 @@ from diffuserve.engine import HIDDEN_STATES, Group, LatentPool, Masked, Track
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import GenerateRequest, ResolvedRequest
 from diffuserve.sampling import HISTORY, SAMPLERS, Trajectory, TrajectoryCompiler
+from diffuserve.sampling.matrix import REFERENCE
 from diffuserve.snapshot import ImageState, Snapshot, decode_snapshot, encode_snapshot, lags_used, rest_of
-from unit.fakes import SCHEDULER
 
 KEY = b"k" * 32
 SHAPE = (4, 6, 8)
-COMPILER = TrajectoryCompiler(SCHEDULER)
+COMPILER = TrajectoryCompiler(REFERENCE)
 
 
 def resolved(steps: int = 6, **values: object) -> ResolvedRequest:

@@ -15,25 +15,11 @@ import torch
 from diffuserve.errors import ComponentFailedError, InternalError
 from diffuserve.manifest import Component, TensorShape
 from diffuserve.request import Event
+from unit.fake_backend import Tensor
 
 #: Those that import Triton's.
 MODULES = ("diffuserve.triton", "diffuserve.bls", "diffuserve.triton_metrics", "diffuserve.triton_reply")
 UNET = Component("shapes_unet", (), (TensorShape("model_output", "FP32", ("rows",)),), "", 0)
-
-
-class Tensor:
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
-        self._name, self._tensor = name, tensor
-
-    @classmethod
-    def from_dlpack(cls, name: str, tensor: torch.Tensor) -> Tensor:
-        return cls(name, tensor)
-
-    def name(self) -> str:
-        return self._name
-
-    def to_dlpack(self) -> Any:
-        return self._tensor
 
 
 class InferenceRequest:
