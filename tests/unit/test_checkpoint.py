@@ -17,8 +17,9 @@ from diffuserve.errors import InvalidArgumentError, UnsupportedError
 from diffuserve.images import image_from_pixels
 from diffuserve.manifest import Conditioning, Range
 from diffuserve.request import GenerateRequest
+from diffuserve.sampling.matrix import REFERENCE
 from diffuserve.sampling.names import SAMPLER_NAMES
-from unit.fakes import SCHEDULER, FakeModels, write_deployment
+from unit.fakes import FakeModels, write_deployment
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_it_tells_what_it_takes(tmp_path: Path, checkpoint: Checkpoint) -> None:
 
 
 def test_it_tells_only_of_samplers_that_its_config_allows(tmp_path: Path) -> None:
-    config = {**SCHEDULER, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    config = {**REFERENCE, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     deployment = write_deployment(tmp_path, "fake", scheduler={**config, "_class_name": "DDIMScheduler"})
     checkpoint = Checkpoint(deployment, "fake", FakeModels().runner())
     told = checkpoint.told(0.0)

@@ -32,14 +32,15 @@ def requests(count: int) -> list[GenerateRequest]:
 
 
 def test_a_bar_is_shown_where_somebody_looks(client: Client, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     done: list[int] = []
     with progress_shown(3, "pictures") as on_event:
         assert on_event is not None
         batch = run_batch(
             client, requests(3), concurrency=3, on_done=lambda index, _: done.append(index), on_event=on_event
         )
-        shown = sys.stderr.getvalue()  # type: ignore[attr-defined]  # a Terminal
+        shown = terminal.getvalue()
     assert "3 pictures" in shown
     assert sorted(done) == [0, 1, 2]
     assert [one.index for one in batch.results] == [0, 1, 2]
