@@ -225,23 +225,24 @@ def test_a_request_s_lines_carry_its_id_and_not_its_prompt(watched: Watched) -> 
         for request_id, some in (("mine-7", inputs), ("mine-8", inputs[1:])):
             raw.async_stream_infer("diffusion", some, request_id=request_id, model_version=str(WIRE_VERSION))
             assert answered.acquire(timeout=120)
-    accepted, ended = eventually(lambda: watched.lines(request_id="mine-7")[-2:])
-    assert (accepted["message"], accepted["checkpoint"]) == ("request accepted", "shapes")
-    assert (ended["message"], ended["outcome"]) == ("request ended", "done")
+    (ended,) = eventually(lambda: watched.lines(request_id="mine-7", message="request ended"))
+    (accepted,) = watched.lines(request_id="mine-7", message="request accepted")
+    assert (accepted["checkpoint"], ended["outcome"]) == ("shapes", "done")
     assert ended["seconds"] > 0
     assert ended["eta_s"] == accepted["eta_s"]
+    before = len(watched.lines(message="request ended"))
     generate_over_http(watched)
-    (made,) = {line["request_id"] for line in eventually(lambda: watched.lines(message="request ended"))[-1:]}
+    (made,) = {line["request_id"] for line in eventually(lambda: watched.lines(message="request ended")[before:])}
     assert re.fullmatch("[0-9a-f]{32}", made)
     assert SECRET not in watched.server.log_file.read_text(encoding="utf-8")
 
 
 def test_a_trace_goes_on_through_the_component_calls(watched: Watched) -> None:
     generate_over_http(watched, traceparent=f"00-{TRACE_ID}-{PARENT_ID}-01")
-    calls = eventually(lambda: watched.calls(TRACE_ID))
+    calls = eventually(lambda: len(found := watched.calls(TRACE_ID)) >= 4 and found)
     assert [calls.count(f"shapes_{name}") for name in ("text_encoder", "unet", "vae_decoder")] == [1, 2, 1]
     (line,) = [one for one in watched.lines(message="request traced") if one["traceparent"][3:35] == TRACE_ID]
-    assert watched.lines(message="request ended", request_id=line["request_id"])
+    assert eventually(lambda: watched.lines(message="request ended", request_id=line["request_id"]))
 
     def mine() -> dict[str, Any]:
         return {span["name"]: span for span in list(watched.spans) if span["traceId"] == TRACE_ID}
