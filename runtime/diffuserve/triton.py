@@ -30,6 +30,7 @@ from diffuserve.lora.folder import DEFAULT_BUDGET
 from diffuserve.manifest import Component, Deployment
 from diffuserve.metrics import BackgroundRegistry, Metric, MetricsTelemetry
 from diffuserve.request import Event
+from diffuserve.server.probe import Probe
 from diffuserve.server.processes import ModelProcess
 from diffuserve.service import DiffusionService, Reply
 from diffuserve.sharing import SharingOptions
@@ -40,6 +41,7 @@ __all__ = [
     "CALL_LOG_VARIABLE",
     "DEPLOYMENT_VARIABLE",
     "EMBEDDINGS_VARIABLE",
+    "HTTP_URL_VARIABLE",
     "LOG_LEVEL_VARIABLE",
     "LORAS_VARIABLE",
     "LORA_BUDGET_VARIABLE",
@@ -57,8 +59,10 @@ CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each compone
 LOG_LEVEL_VARIABLE: Final = "DIFFUSERVE_LOG_LEVEL"
 SNAPSHOT_KEY_VARIABLE: Final = "DIFFUSERVE_SNAPSHOT_KEY"  # what snapshots are signed with; without it, one of its own
 TOKEN_VARIABLE: Final = "DIFFUSERVE_TOKEN"  # what whoever drains the server must know
+HTTP_URL_VARIABLE: Final = "DIFFUSERVE_HTTP_URL"  # of this very server, where it can be asked to load models
 TARGET_STEP_VARIABLE: Final = "DIFFUSERVE_TARGET_STEP_MS"  # what a UNet call should not exceed
 
+_LOADING_SECONDS: Final = 3600.0  # an engine of many gigabytes from a slow disk
 _OPENING_SECONDS: Final = 2.0
 _UNLOADING_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.02
@@ -94,10 +98,14 @@ class BlsRunner:
 
     Refuses until `open` is called. Triton takes calls as soon as `initialize` returned, but makes what serves them
     a moment later: a call in between ends the server's process with a segmentation fault.
+
+    `http_url` is where the server takes requests to load models, if it is known: a load that fails when this process
+    asks for it damages the memory that it shares with Triton 24.10, and a few of them end the server.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, http_url: str = "") -> None:
         self._device, self._open = device, False
+        self._server = Probe(http_url, _LOADING_SECONDS) if http_url else None
         #: Whether a model is meant to be loaded; others are not loaded again.
         self.may_use: Callable[[str], bool] = lambda model: True  # noqa: ARG005
         #: What keeps a model's files from being loaded; empty where they are whole.
@@ -164,7 +172,7 @@ class BlsRunner:
                 raise errors.ComponentFailedError(f"{error.message.rstrip('.')}; {lacks}", component=model) from error
             try:
                 pb_utils.unload_model(model_name=model)
-                pb_utils.load_model(model_name=model)
+                self._load(model)
             except Exception as cause:
                 raise errors.ComponentFailedError(
                     f"{error.message.rstrip('.')}; loading it again failed: {cause}", component=model
@@ -172,18 +180,25 @@ class BlsRunner:
             self._revived[model] = time.monotonic()
 
     def load(self, model: str) -> None:
-        """Load a component that is not loaded. Raises ComponentFailedError.
-
-        A load that fails inside Triton 24.10 damages the memory that it shares with this process, which ends the server
-        now and then. So files are looked at first.
-        """
+        """Load a component that is not loaded. Raises ComponentFailedError."""
         if lacks := self.lacking(model):
             raise errors.ComponentFailedError(f"{model}: {lacks}", component=model)
         with self._reviving:
             try:
-                pb_utils.load_model(model_name=model)
+                self._load(model)
             except Exception as cause:
                 raise errors.ComponentFailedError(f"{model}: {_told(cause)}", component=model) from cause
+
+    def _load(self, model: str) -> None:
+        """Load a model over HTTP where that can be. Raises what it fails with."""
+        if self._server is not None:
+            reason = self._server.load(model)
+            if reason:
+                raise errors.ComponentFailedError(reason, component=model)
+            if reason is not None and self.is_ready(model):
+                return
+            _log.warning("%s names no server that loads %s here; it is loaded without", HTTP_URL_VARIABLE, model)
+        pb_utils.load_model(model_name=model)
 
     def unload(self, model: str) -> None:
         """Unload a component; its process has ended when this returns. Raises ComponentFailedError."""
@@ -366,7 +381,7 @@ class DiffusionModel:
         except ValueError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         device = _device(deployment, args)
-        self._bls = BlsRunner(device)
+        self._bls = BlsRunner(device, os.environ.get(HTTP_URL_VARIABLE, ""))
         runner: ComponentRunner = self._bls
         if log := os.environ.get(CALL_LOG_VARIABLE):
             runner = CallLog(runner, Path(log))
