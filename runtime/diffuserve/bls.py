@@ -16,10 +16,12 @@ from torch.utils.dlpack import from_dlpack
 
 from diffuserve import errors
 from diffuserve.manifest import Component
+from diffuserve.server.probe import Probe
 from diffuserve.server.processes import ModelProcess
 
 __all__ = ["BlsRunner"]
 
+_LOADING_SECONDS: Final = 3600.0  # an engine of many gigabytes from a slow disk
 _UNLOADING_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.02
 
@@ -41,10 +43,14 @@ class BlsRunner:
 
     Refuses until `open` is called. Triton takes calls as soon as `initialize` returned, but makes what serves them
     a moment later: a call in between ends the server's process with a segmentation fault.
+
+    `http_url` is where the server takes requests to load models, if it is known: a load that fails when this process
+    asks for it damages the memory that it shares with Triton 24.10, and a few of them end the server.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, http_url: str = "") -> None:
         self._device, self._open = device, False
+        self._server = Probe(http_url, _LOADING_SECONDS) if http_url else None
         #: Whether a model is meant to be loaded; others are not loaded again.
         self.may_use: Callable[[str], bool] = lambda _: True
         #: What keeps a model's files from being loaded; empty where they are whole.
@@ -111,7 +117,7 @@ class BlsRunner:
                 raise errors.ComponentFailedError(f"{error.message.rstrip('.')}; {lacks}", component=model) from error
             try:
                 pb_utils.unload_model(model_name=model)
-                pb_utils.load_model(model_name=model)
+                self._load(model)
             except Exception as cause:
                 raise errors.ComponentFailedError(
                     f"{error.message.rstrip('.')}; loading it again failed: {cause}", component=model
@@ -119,18 +125,25 @@ class BlsRunner:
             self._revived[model] = time.monotonic()
 
     def load(self, model: str) -> None:
-        """Load a component that is not loaded. Raises ComponentFailedError.
-
-        A load that fails inside Triton 24.10 damages the memory that it shares with this process, which ends the server
-        now and then. So files are looked at first.
-        """
+        """Load a component that is not loaded. Raises ComponentFailedError."""
         if lacks := self.lacking(model):
             raise errors.ComponentFailedError(f"{model}: {lacks}", component=model)
         with self._reviving:
             try:
-                pb_utils.load_model(model_name=model)
+                self._load(model)
             except Exception as cause:
                 raise errors.ComponentFailedError(f"{model}: {_told(cause)}", component=model) from cause
+
+    def _load(self, model: str) -> None:
+        """Load a model over HTTP where that can be. Raises what it fails with."""
+        if self._server is not None:
+            reason = self._server.load(model)
+            if reason:
+                raise errors.ComponentFailedError(reason, component=model)
+            if reason is not None and self.is_ready(model):
+                return
+            _log.warning("the HTTP address given names no server that loads %s here; it is loaded without", model)
+        pb_utils.load_model(model_name=model)
 
     def unload(self, model: str) -> None:
         """Unload a component; its process has ended when this returns. Raises ComponentFailedError."""

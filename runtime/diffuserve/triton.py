@@ -39,6 +39,7 @@ __all__ = [
     "CALL_LOG_VARIABLE",
     "DEPLOYMENT_VARIABLE",
     "EMBEDDINGS_VARIABLE",
+    "HTTP_URL_VARIABLE",
     "LOG_LEVEL_VARIABLE",
     "LORAS_VARIABLE",
     "LORA_BUDGET_VARIABLE",
@@ -56,6 +57,7 @@ CALL_LOG_VARIABLE: Final = "DIFFUSERVE_CALL_LOG"  # a file to write each compone
 LOG_LEVEL_VARIABLE: Final = "DIFFUSERVE_LOG_LEVEL"
 SNAPSHOT_KEY_VARIABLE: Final = "DIFFUSERVE_SNAPSHOT_KEY"  # what snapshots are signed with; without it, one of its own
 TOKEN_VARIABLE: Final = "DIFFUSERVE_TOKEN"  # what whoever drains the server must know
+HTTP_URL_VARIABLE: Final = "DIFFUSERVE_HTTP_URL"  # of this very server, where it can be asked to load models
 TARGET_STEP_VARIABLE: Final = "DIFFUSERVE_TARGET_STEP_MS"  # what a UNet call should not exceed
 
 _OPENING_SECONDS: Final = 2.0
@@ -111,7 +113,7 @@ class DiffusionModel:
         except ValueError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         device = _device(deployment, args)
-        self._bls = BlsRunner(device)
+        self._bls = BlsRunner(device, os.environ.get(HTTP_URL_VARIABLE, ""))
         runner: ComponentRunner = self._bls
         if log := os.environ.get(CALL_LOG_VARIABLE):
             runner = CallLog(runner, Path(log))

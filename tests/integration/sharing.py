@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -29,6 +31,7 @@ __all__ = [
     "are_alike",
     "asked",
     "calls",
+    "instances_of",
     "pictures",
     "pixels",
     "resident",
@@ -40,10 +43,12 @@ NAMES = ("a", "b", "c", "d")
 PROMPT = "a large red circle on a blue background"
 
 
-def several_checkpoints(shapes: Path, out: Path, *, broken: str = "") -> Deployment:
-    """The shapes checkpoint under four names with four UNets, and one more whose UNet lacks its graph."""
+def several_checkpoints(shapes: Path, out: Path, *, broken: str = "", spoiled: str = "") -> Deployment:
+    """The shapes checkpoint under four names with four UNets; and where they are named one more whose UNet lacks its
+    graph, and one whose graph is as long as it should be, and no graph.
+    """
     original = Deployment.load(shapes).manifest("shapes")
-    names = (*NAMES, broken) if broken else NAMES
+    names = tuple(filter(None, (*NAMES, broken, spoiled)))
     for component in original.components.values():
         if not component.model.endswith(UNET):
             shutil.copytree(shapes / "models" / component.model, out / "models" / component.model)
@@ -55,6 +60,9 @@ def several_checkpoints(shapes: Path, out: Path, *, broken: str = "") -> Deploym
         _changed(folder / "1" / "model.onnx", 1 - 0.1 * number)
         if name == broken:
             (folder / "1" / "model.onnx").unlink()
+        elif name == spoiled:
+            graph = (folder / "1" / "model.onnx").read_bytes()
+            (folder / "1" / "model.onnx").write_bytes(graph[: len(graph) // 2] + bytes(len(graph) - len(graph) // 2))
         components = {**original.components, UNET: replace(unet, model=f"{name}_unet")}
         shutil.copytree(shapes / "checkpoints" / "shapes", out / "checkpoints" / name)
         manifest = replace(original, name=name, key=f"{original.key}-{name}", components=components)
@@ -127,6 +135,18 @@ def stubs_bytes(pid: int) -> int:
         except psutil.NoSuchProcess:
             continue
     return total
+
+
+def instances_of(pid: int) -> list[str]:
+    """The instances of Python models that a tritonserver has processes of, such as diffusion_0_0."""
+    found = [re.search(r"python_backend_stub .*?(\w+_\d+_\d+) ?", " ".join(one)) for one in _command_lines(pid)]
+    return [one[1] for one in found if one]
+
+
+def _command_lines(pid: int) -> Iterator[list[str]]:
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            yield process.cmdline()
 
 
 def calls(log: Path) -> list[dict[str, Any]]:

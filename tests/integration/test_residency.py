@@ -16,16 +16,27 @@ from diffuserve.errors import ComponentFailedError
 from diffuserve.manifest import Deployment
 from diffuserve.residency import Limits
 from diffuserve.server import ServerOptions, TritonServer
+from diffuserve.server.probe import Probe
 from diffuserve.sharing import SharingOptions, models_of
+from diffuserve.spec import UNET
 from diffuserve_client import Client, Retry
-from integration.sharing import NAMES, are_alike, asked, pictures, resident, several_checkpoints, stubs_bytes
+from integration.sharing import (
+    NAMES,
+    are_alike,
+    asked,
+    instances_of,
+    pictures,
+    resident,
+    several_checkpoints,
+    stubs_bytes,
+)
 
 IDLE = 4.0
 
 
 @pytest.fixture(scope="module")
 def several(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Deployment:
-    return several_checkpoints(deployment, tmp_path_factory.mktemp("several"), broken="broken")
+    return several_checkpoints(deployment, tmp_path_factory.mktemp("several"), broken="broken", spoiled="spoiled")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +59,14 @@ def client(server: TritonServer) -> Iterator[Client]:
         yield client
 
 
+def counted(server: TritonServer, model: str) -> int:
+    """The calls of a model, by Triton's metrics."""
+    with urllib.request.urlopen(server.metrics_url) as response:
+        lines = response.read().decode().splitlines()
+    sought = f'nv_inference_exec_count{{model="{model}",version="1"}} '
+    return sum(int(float(line.removeprefix(sought))) for line in lines if line.startswith(sought))
+
+
 def test_more_checkpoints_than_fit_are_all_served_within_the_budget(several: Deployment, client: Client) -> None:
     order = [*NAMES, *random.Random(5).choices(NAMES, k=8)]
     expected = dict(zip(NAMES, pictures(several, [asked(name) for name in NAMES]), strict=True))
@@ -67,10 +86,33 @@ def test_more_checkpoints_than_fit_are_all_served_within_the_budget(several: Dep
     assert 2 <= loads <= len(order)
 
 
-def test_a_checkpoint_that_cannot_be_loaded_is_refused_and_the_others_are_served(client: Client) -> None:
-    with pytest.raises(ComponentFailedError, match=r"broken cannot be loaded: broken_unet: .*not whole"):
-        client.generate(asked("broken"))
-    told = client.status()["checkpoints"]["broken"]
+def test_what_checkpoints_share_is_in_memory_once(several: Deployment, server: TritonServer, client: Client) -> None:
+    """By Triton's own list, its processes and its counts."""
+    components = several.manifest("a").components
+    shared = {one.model for name, one in components.items() if name != UNET}
+    before = counted(server, components["vae_decoder"].model)
+    for name in ("a", "b"):
+        client.generate(asked(name, steps=1))
+    assert resident(client.status()) == {"a", "b"}
+    states = Probe(server.http_url).model_states() or {}
+    assert {name for name, (state, _) in states.items() if state == "READY"} == {
+        *shared,
+        "a_unet",
+        "b_unet",
+        "diffusion",
+    }
+    instances = [one.rpartition("_0_0")[0] for one in instances_of(server.pid or 0)]
+    assert sorted(instances) == sorted([*shared, "a_unet", "b_unet", "diffusion"])
+    assert counted(server, components["vae_decoder"].model) == before + 2, "it decoded the pictures of both"
+
+
+@pytest.mark.parametrize(("name", "reason"), [("broken", "not whole"), ("spoiled", "cannot load model.onnx")])
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_and_the_others_are_served(
+    client: Client, name: str, reason: str
+) -> None:
+    with pytest.raises(ComponentFailedError, match=rf"{name} cannot be loaded: {name}_unet: .*{reason}"):
+        client.generate(asked(name))
+    told = client.status()["checkpoints"][name]
     assert not told["resident"]
     assert "cannot be loaded" in told["error"]
     assert client.generate(asked("a")).images

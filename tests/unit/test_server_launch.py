@@ -113,6 +113,7 @@ def test_two_starts_differ_where_they_must(tmp_path: Path, deployment: Path, mon
     assert first.models == ("shapes_unet", "diffusion")
     assert first.log_file == tmp_path / f"logs/triton-{first.ports.http}.log"
     assert first.environment["DIFFUSERVE_DEPLOYMENT"] == str(deployment)
+    assert first.environment["DIFFUSERVE_HTTP_URL"] == f"http://127.0.0.1:{first.ports.http}"
 
 
 def options_for(deployment: Path) -> ServerOptions:

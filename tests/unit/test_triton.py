@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib
 import sys
 import threading
@@ -96,8 +97,10 @@ class Loading:
     """Triton's ways to load a model again; `fails` says with what the next attempts fail."""
 
     def __init__(self) -> None:
-        self.did, self.fails = list[str](), list[str]()
-        vars(sys.modules["triton_python_backend_utils"]).update(load_model=self.load, unload_model=self.unload)
+        self.did, self.fails, self.ready = list[str](), list[str](), False
+        vars(sys.modules["triton_python_backend_utils"]).update(
+            load_model=self.load, unload_model=self.unload, is_model_ready=lambda model_name: self.ready
+        )
 
     def unload(self, model_name: str) -> None:
         self.did.append(f"unload {model_name}")
@@ -129,6 +132,67 @@ def test_one_that_cannot_be_loaded_is_tried_again_by_the_next_call(triton: Any) 
         runner.run(UNET, {"sample": torch.zeros(2)})
     runner.run(UNET, {"sample": torch.zeros(2)})
     assert loading.did == ["unload shapes_unet", "load shapes_unet"] * 2
+
+
+class Repository(http.server.BaseHTTPRequestHandler):
+    """A server's HTTP port: what it answers to the next requests, and those it had."""
+
+    answers: list[tuple[int, str]]
+    asked: list[str]
+
+    def do_POST(self) -> None:
+        Repository.asked.append(self.path)
+        status, text = Repository.answers.pop(0)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def repository() -> Iterator[str]:
+    Repository.answers, Repository.asked = [], []
+    with http.server.HTTPServer(("127.0.0.1", 0), Repository) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_models_are_loaded_over_http(triton: Any, repository: str) -> None:
+    loading, runner = Loading(), triton.BlsRunner(torch.device("cpu"), repository)
+    loading.ready = True
+    Repository.answers = [(200, ""), (400, '{"error":"load failed:\\n  no such graph"}'), (500, "")]
+    runner.load("shapes_unet")
+    for reason in ("shapes_unet: load failed: no such graph$", "shapes_unet: HTTP Error 500"):
+        with pytest.raises(ComponentFailedError, match=reason):
+            runner.load("shapes_unet")
+    assert Repository.asked == ["/v2/repository/models/shapes_unet/load"] * 3
+    assert loading.did == [], "a load that fails must not be this process's own"
+
+
+def test_a_component_that_died_is_loaded_again_over_http(triton: Any, repository: str) -> None:
+    loading, InferenceRequest.errors = Loading(), [DIED]
+    loading.ready, Repository.answers = True, [(200, "")]
+    runner = triton.BlsRunner(torch.device("cpu"), repository)
+    runner.open()
+    runner.run(UNET, {"sample": torch.zeros(2)})
+    assert (loading.did, len(Repository.asked)) == (["unload shapes_unet"], 1)
+
+
+@pytest.mark.parametrize("answer", [(403, "restricted"), (404, ""), (200, ""), None])
+def test_without_such_a_port_they_are_loaded_all_the_same(
+    triton: Any, repository: str, answer: tuple[int, str] | None
+) -> None:
+    """Loads are restricted there, or it is another server's, or nobody's."""
+    loading, Repository.answers = Loading(), [answer] if answer else []
+    runner = triton.BlsRunner(torch.device("cpu"), repository if answer else "http://127.0.0.1:9")
+    runner.load("shapes_unet")
+    assert loading.did == ["load shapes_unet"]
 
 
 def test_one_that_dies_of_the_call_is_not_called_a_third_time(triton: Any) -> None:

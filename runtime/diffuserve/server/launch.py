@@ -48,6 +48,11 @@ class Launch:
     ports: Ports
     log_file: Path
 
+    @property
+    def reachable(self) -> str:
+        """The address at which this machine reaches the server."""
+        return _reachable(self.address)
+
 
 def prepare(options: ServerOptions, environment: Mapping[str, str] | None = None) -> Launch:
     """Run every check, fetch the embedded server where it is needed, and compose the command."""
@@ -64,7 +69,11 @@ def prepare(options: ServerOptions, environment: Mapping[str, str] | None = None
     models = (*models_at_start(options, components), PUBLIC_MODEL)
     return Launch(
         arguments=command_line(triton, options, address, ports, models, server_id, config),
-        environment={**server_environment(triton, options, deployment, inherited), "DIFFUSERVE_TOKEN": token},
+        environment={
+            **server_environment(triton, options, deployment, inherited),
+            "DIFFUSERVE_TOKEN": token,
+            "DIFFUSERVE_HTTP_URL": f"http://{_reachable(address)}:{ports.http}",
+        },
         server_id=server_id,
         token=token,
         shm_prefix=f"{server_id}-",
@@ -73,6 +82,10 @@ def prepare(options: ServerOptions, environment: Mapping[str, str] | None = None
         ports=ports,
         log_file=(options.log_file or options.cache_folder() / "logs" / f"triton-{ports.http}.log").absolute(),
     )
+
+
+def _reachable(address: str) -> str:
+    return "127.0.0.1" if address == "0.0.0.0" else address
 
 
 def command_line(

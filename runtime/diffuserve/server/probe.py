@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import urllib.error
 import urllib.request
-from typing import Any
+from typing import Any, Final
 
 from diffuserve.server.options import PUBLIC_MODEL
 
 __all__ = ["Probe"]
+
+#: What a server, or a proxy before it, says where models are not to be loaded this way.
+_NOT_HERE: Final = frozenset({401, 403, 404, 405})
 
 
 class Probe:
@@ -47,6 +51,21 @@ class Probe:
             return None
         return info if isinstance(info, dict) else None
 
+    def load(self, model: str) -> str | None:
+        """Load a model. Why it cannot be, in the server's words; empty once it is.
+
+        None where nobody takes such requests at this address.
+        """
+        try:
+            with self._opener.open(f"{self._url}/v2/repository/models/{model}/load", b"{}", self._timeout) as response:
+                response.read()
+        except urllib.error.HTTPError as error:
+            return None if error.code in _NOT_HERE else _told(error)
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            return None if isinstance(reason, ConnectionRefusedError) else f"the server does not answer: {reason!r}"
+        return ""
+
     def _answer(self, path: str, body: bytes | None = None) -> Any:
         try:
             with self._opener.open(self._url + path, data=body, timeout=self._timeout) as response:
@@ -54,3 +73,13 @@ class Probe:
             return json.loads(text) if text else ""
         except (OSError, http.client.HTTPException, ValueError):
             return None
+
+
+def _told(error: urllib.error.HTTPError) -> str:
+    """What the server says is wrong, in one line."""
+    text = error.read().decode(errors="replace")
+    try:
+        text = json.loads(text)["error"]
+    except (KeyError, TypeError, ValueError):
+        text = text or str(error)
+    return " ".join(str(text).split())

@@ -82,21 +82,17 @@ class TritonServer:
     @property
     def grpc_url(self) -> str:
         """`host:port`, as gRPC clients take it."""
-        return f"{self._reachable}:{self.launch.ports.grpc}"
+        return f"{self.launch.reachable}:{self.launch.ports.grpc}"
 
     @property
     def http_url(self) -> str:
         """The base of the HTTP endpoint."""
-        return f"http://{self._reachable}:{self.launch.ports.http}"
+        return f"http://{self.launch.reachable}:{self.launch.ports.http}"
 
     @property
     def metrics_url(self) -> str:
         """The Prometheus endpoint."""
-        return f"http://{self._reachable}:{self.launch.ports.metrics}/metrics"
-
-    @property
-    def _reachable(self) -> str:
-        return "127.0.0.1" if self.launch.address == "0.0.0.0" else self.launch.address
+        return f"http://{self.launch.reachable}:{self.launch.ports.metrics}/metrics"
 
     @property
     def log_file(self) -> Path:
