@@ -74,7 +74,7 @@ def _lines(checkpoint: Checkpoint) -> Iterator[str]:
     if checkpoint.limits:
         yield f"{name}: takes {', '.join(_limits(checkpoint.limits))}"
     if checkpoint.defaults:
-        defaults = (f"{one.replace('_', ' ')} {value}" for one, value in checkpoint.defaults.items())
+        defaults = (f"{one.replace('_', ' ')} {value}" for one, value in checkpoint.defaults.items() if value)
         yield f"{name}: by default {', '.join(defaults)}"
     if checkpoint.samplers:
         yield f"{name}: samplers {', '.join(checkpoint.samplers)}"
@@ -87,7 +87,9 @@ def _limits(limits: Mapping[str, Any]) -> Iterator[str]:
         spoken = name.replace("_", " ")
         if isinstance(limit, Mapping):
             yield f"{spoken} {limit['minimum']} to {limit['maximum']} by {limit['step']}"
-        elif isinstance(limit, bool):
+        elif name.startswith("needs_"):
+            yield from [spoken] if limit else []
+        elif isinstance(limit, bool) or not limit:
             yield spoken if limit else f"no {spoken}"
         else:
             yield f"{spoken} up to {limit}"

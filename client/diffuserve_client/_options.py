@@ -31,15 +31,19 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer should see it: a parameter of a dataclass's type is an option for each of its fields."""
-    hints = get_type_hints(command, include_extras=True)
-    groups = {name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)}
+    # Not get_type_hints, which in Python 3.10 puts an Optional around what has None as its default.
+    given_parameters = inspect.signature(command, eval_str=True).parameters
+    groups = {
+        name: one.annotation
+        for name, one in given_parameters.items()
+        if isinstance(one.annotation, type) and is_dataclass(one.annotation)
+    }
     parameters = []
-    for parameter in inspect.signature(command).parameters.values():
-        if parameter.name in groups:
-            parameters += _parameters(groups[parameter.name])
+    for name, parameter in given_parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
         else:
-            as_keyword = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(parameter.replace(kind=as_keyword, annotation=hints[parameter.name]))
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
 
     @wraps(command)
     def expanded(**given: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -13,6 +14,7 @@ import typer
 from diffuserve.errors import DiffuserveError, InvalidArgumentError
 from diffuserve_client._errors import ConnectionFailedError
 from diffuserve_client._exits import errors_as_exit_codes
+from diffuserve_client._options import AsJson, with_options
 
 if TYPE_CHECKING:
     from diffuserve.rollout import Alias, RolloutTable
@@ -40,13 +42,23 @@ Server = Annotated[
 Patience = Annotated[float, typer.Option(help="Seconds to wait for the server, which may load checkpoints first.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Following:
+    """Whether to wait for a server, and how to tell of it."""
+
+    server: Server = None
+    timeout: Patience = 120.0
+    as_json: AsJson = False
+
+
 @rollout.command("set", epilog=_EXIT_CODES_HELP)
+@with_options
 def set_weights(
+    *,
     deployment: DeploymentFolder,
     alias: Annotated[str, typer.Argument(help="As in shop=shop-v1:90,shop-v2:10; without weights, equal shares.")],
     default: Annotated[bool, typer.Option("--default", help="Requests that name no checkpoint get it too.")] = False,
-    server: Server = None,
-    timeout: Patience = 120.0,
+    following: Following,
 ) -> None:
     """Give an alias to checkpoints by their weights. The stable one comes first."""
     from diffuserve.rollout import Alias, parse_weights
@@ -59,16 +71,17 @@ def set_weights(
             changed = table.with_alias(name, known.changed(weights) if known else Alias.new(weights))
             return changed.with_default(name) if default else changed
 
-        _write(deployment, change, server, timeout)
+        _write(deployment, change, following)
 
 
 @rollout.command(epilog=_EXIT_CODES_HELP)
+@with_options
 def promote(
+    *,
     deployment: DeploymentFolder,
     alias: AliasName,
     checkpoint: Annotated[str | None, typer.Argument(help="One of its checkpoints; by default the last.")] = None,
-    server: Server = None,
-    timeout: Patience = 120.0,
+    following: Following,
 ) -> None:
     """Give every request for an alias to one of its checkpoints."""
 
@@ -80,11 +93,12 @@ def promote(
         return one.promoted(wanted)
 
     with errors_as_exit_codes():
-        _change_alias(deployment, alias, promoted, server, timeout)
+        _change_alias(deployment, alias, promoted, following)
 
 
 @rollout.command(epilog=_EXIT_CODES_HELP)
-def rollback(deployment: DeploymentFolder, alias: AliasName, server: Server = None, timeout: Patience = 120.0) -> None:
+@with_options
+def rollback(*, deployment: DeploymentFolder, alias: AliasName, following: Following) -> None:
     """Give every request for an alias to its stable checkpoint; after a promotion, to the one before."""
 
     def rolled_back(one: Alias) -> Alias:
@@ -94,39 +108,34 @@ def rollback(deployment: DeploymentFolder, alias: AliasName, server: Server = No
             raise InvalidArgumentError(f"{alias} has had no checkpoint before {one.stable[-1]}; use set") from error
 
     with errors_as_exit_codes():
-        _change_alias(deployment, alias, rolled_back, server, timeout)
+        _change_alias(deployment, alias, rolled_back, following)
 
 
 @rollout.command(epilog=_EXIT_CODES_HELP)
-def remove(deployment: DeploymentFolder, alias: AliasName, server: Server = None, timeout: Patience = 120.0) -> None:
+@with_options
+def remove(*, deployment: DeploymentFolder, alias: AliasName, following: Following) -> None:
     """Take an alias away: requests that name it are refused. A default is the deployment's own again."""
     with errors_as_exit_codes():
-        _change_alias(deployment, alias, lambda _: None, server, timeout)
+        _change_alias(deployment, alias, lambda _: None, following)
 
 
 @rollout.command(epilog=_EXIT_CODES_HELP)
 def status(
     deployment: DeploymentFolder,
     server: Server = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is decided; with --server, what that server makes of it."""
     with errors_as_exit_codes():
         table, digest = _table(deployment)
-        told: dict[str, Any] = {
-            "table": digest,
-            "default": table.default,
-            "aliases": {
-                name: {"shares": one.shares(), "stable": list(one.stable)} for name, one in table.aliases.items()
-            },
-        }
-        if server is not None:
-            told["server"] = _ask(server)
-        typer.echo(json.dumps(told, ensure_ascii=False) if as_json else _as_text(table, told.get("server"), digest))
+        _print(table, digest, None if server is None else _ask(server), as_json)
 
 
 def _change_alias(
-    deployment: Path, alias: str, change: Callable[[Alias], Alias | None], server: str | None, timeout: float
+    deployment: Path,
+    alias: str,
+    change: Callable[[Alias], Alias | None],
+    following: Following,
 ) -> None:
     def changed(table: RolloutTable) -> RolloutTable:
         if alias not in table.aliases:
@@ -134,11 +143,13 @@ def _change_alias(
             raise InvalidArgumentError(f"there is no alias {alias[:80]!r}; there are {listed}")
         return table.with_alias(alias, change(table.aliases[alias]))
 
-    _write(deployment, changed, server, timeout)
+    _write(deployment, changed, following)
 
 
 def _write(
-    deployment: Path, change: Callable[[RolloutTable], RolloutTable], server: str | None, timeout: float
+    deployment: Path,
+    change: Callable[[RolloutTable], RolloutTable],
+    following: Following,
 ) -> None:
     """Change the table, show it, and wait until the server follows."""
     from diffuserve.manifest import Deployment
@@ -150,8 +161,23 @@ def _write(
         raise InvalidArgumentError(f"{deployment} is no deployment: {error}") from error
     change_table(deployment, checkpoints, change)
     table, digest = _table(deployment)
-    told = None if server is None else _followed(server, digest, time.monotonic() + timeout)
-    typer.echo(_as_text(table, told, digest))
+    server = following.server
+    told = None if server is None else _followed(server, digest, time.monotonic() + following.timeout)
+    _print(table, digest, told, following.as_json)
+
+
+def _print(table: RolloutTable, digest: str, server: dict[str, Any] | None, as_json: bool) -> None:
+    if not as_json:
+        typer.echo(_as_text(table, server, digest))
+        return
+    told: dict[str, Any] = {
+        "table": digest,
+        "default": table.default,
+        "aliases": {name: {"shares": one.shares(), "stable": list(one.stable)} for name, one in table.aliases.items()},
+    }
+    if server is not None:
+        told["server"] = server
+    typer.echo(json.dumps(told, ensure_ascii=False))
 
 
 def _table(deployment: Path) -> tuple[RolloutTable, str]:

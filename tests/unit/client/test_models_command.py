@@ -30,9 +30,11 @@ CHECKPOINTS: dict[str, Any] = {
             "width": {"minimum": 64, "default": 512, "maximum": 768, "step": 64},
             "steps": 150,
             "init_image": True,
+            "needs_mask": False,
             "control_image": False,
+            "lora_rank": 0,
         },
-        "defaults": {"steps": 20, "guidance_scale": 7.5},
+        "defaults": {"steps": 20, "guidance_scale": 7.5, "sampler": None},
         "samplers": ["euler", "dpmpp_2m"],
         "loras": ["night[2]"],
     },
@@ -86,7 +88,7 @@ def test_models_are_listed_as_a_table_and_as_json(fake: FakeTriton) -> None:
         assert text in shown
     assert shown.splitlines()[-6:] == [
         "2.50 GB are in memory of 4.00 GB",
-        "sd15: takes width 64 to 768 by 64, steps up to 150, init image, no control image",
+        "sd15: takes width 64 to 768 by 64, steps up to 150, init image, no control image, no lora rank",
         "sd15: by default steps 20, guidance scale 7.5",
         "sd15: samplers euler, dpmpp_2m",
         "sd15: LoRAs night[2]",

@@ -38,6 +38,7 @@ def test_from_the_first_share_to_the_way_back(deployment: Path) -> None:
         "default": "shop",
         "aliases": {"shop": {"shares": {"v1": 1.0}, "stable": ["v1"]}},
     }
+    assert json.loads(run("promote", deployment, "shop", "--json").stdout) == told
     assert run("remove", deployment, "shop").stdout == "default: the first checkpoint\n"
 
 
