@@ -8,7 +8,7 @@
                 event = delivery.take(event)  # None where it was delivered before, or nobody asked for it
             delivery.ended()
         except DiffuserveError as error:
-            delivery.failed(error)  # raises where that was the last try
+            delivery.failed(error)  # raises where that was the last try, and pictures are missing
         finally:
             delivery.release()
 
@@ -152,7 +152,7 @@ class Delivery:
     def take(self, event: Event) -> Event | None:
         """The event as the caller's: of the image that it asked for. None where it has that one already."""
         assert self._endpoint is not None
-        self._endpoints.works(self._endpoint)
+        self._endpoints.works(self._endpoint, has_room=event.kind == "image")
         if event.kind == "queued":
             if "images" in event.info:
                 self._endpoints.told(self._endpoint, int(event.info["images"]))
@@ -185,11 +185,14 @@ class Delivery:
         )
 
     def failed(self, error: DiffuserveError) -> None:
-        """A try failed. Raises the error where there is none after it."""
+        """A try failed. Raises the error where there is none after it, and pictures are missing."""
         endpoint = self._endpoint
         assert endpoint is not None
         self._release()
-        if self._refuses_snapshot(error):
+        if self._lacks_nothing(error):
+            self._may_retry(error, endpoint)  # what it says of the server is true of it nevertheless
+            self.is_done = True
+        elif self._refuses_snapshot(error):
             self._snapshot = b""  # of this client's making: the request is begun again instead
         elif not self._may_retry(error, endpoint):
             raise self._final(error)
@@ -203,6 +206,12 @@ class Delivery:
         if self._counted and self._endpoint is not None:
             self._endpoints.release(self._endpoint, self._counted)
         self._counted = 0
+
+    def _lacks_nothing(self, error: DiffuserveError) -> bool:
+        """Whether it was lost after its last picture, of which only the word that it was the last is missing."""
+        is_loss = isinstance(error, (ConnectionFailedError, UnavailableError, ComponentFailedError))
+        # How many pictures a snapshot of the caller's has, only servers can read.
+        return is_loss and not self.request.resume and len(self._delivered) == self.request.num_images
 
     def _refuses_snapshot(self, error: DiffuserveError) -> bool:
         return (

@@ -20,7 +20,7 @@ class Endpoint:
     """What is known of one server.
 
     `in_flight`: images that this client has there. `others`: images of other clients there at `told_at`. It is not
-    to be asked before `closed_until`; `failures` in a row brought that about.
+    to be asked before `closed_until`, which `failures` in a row brought about, nor before `full_until`.
     """
 
     url: str
@@ -28,7 +28,17 @@ class Endpoint:
     others: int = 0
     told_at: float = -math.inf
     closed_until: float = -math.inf
+    full_until: float = -math.inf
     failures: int = 0
+
+    def wait(self, now: float) -> float:
+        """Seconds until it may be asked."""
+        return max(0.0, self.closed_until - now, self.full_until - now)
+
+    @property
+    def is_tried_out(self) -> bool:
+        """Whether a request is finding out if it is back."""
+        return self.failures > 0 and self.in_flight > 0
 
     def load(self, now: float) -> float:
         """Images that are likely there."""
@@ -52,7 +62,8 @@ class Endpoints:
     def wait(self) -> float:
         """Seconds until one may be asked; 0 where one may now."""
         with self._lock:
-            return max(0.0, min(one.closed_until for one in self._all) - self._clock())
+            now = self._clock()
+            return min(one.wait(now) for one in self._all)
 
     def take(self, images: int) -> Endpoint:
         """The least loaded one that may be asked, else the one that may be soonest. `images` are counted as there."""
@@ -62,10 +73,10 @@ class Endpoints:
             turn = self._turn
             count = len(self._all)
 
-            def rank(place: int) -> tuple[float, float, int]:
+            def rank(place: int) -> tuple[float, bool, float, int]:
                 one = self._all[place]
-                # Equal ones take turns.
-                return max(0.0, one.closed_until - now), one.load(now), (place - turn) % count
+                # One request is enough to learn that a server is still lost. Equal ones take turns.
+                return one.wait(now), one.is_tried_out, one.load(now), (place - turn) % count
 
             chosen = self._all[min(range(count), key=rank)]
             chosen.in_flight += images
@@ -76,11 +87,13 @@ class Endpoints:
         with self._lock:
             endpoint.in_flight -= images
 
-    def works(self, endpoint: Endpoint) -> None:
-        """It answered."""
+    def works(self, endpoint: Endpoint, *, has_room: bool) -> None:
+        """It answered; `has_room`: with an image, whose place is free now."""
         with self._lock:
             endpoint.failures = 0
             endpoint.closed_until = -math.inf
+            if has_room:
+                endpoint.full_until = -math.inf
 
     def told(self, endpoint: Endpoint, images: int) -> None:
         """It said how many images it has in all."""
@@ -99,4 +112,4 @@ class Endpoints:
     def full(self, endpoint: Endpoint, seconds: float) -> None:
         """It has no room for that long."""
         with self._lock:
-            endpoint.closed_until = max(endpoint.closed_until, self._clock() + seconds)
+            endpoint.full_until = max(endpoint.full_until, self._clock() + seconds)
