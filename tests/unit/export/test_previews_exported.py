@@ -60,7 +60,10 @@ def test_the_manifest_has_them(exported: Exported) -> None:
     colours = exported.manifest.colours
     assert np.shape(colours.weights) == (3, 4)
     assert np.isfinite(colours.weights).all()
-    assert colours == colours_of(module_of(open_checkpoint(exported.checkpoint), VAE_DECODER), 2)
+    again = colours_of(module_of(open_checkpoint(exported.checkpoint), VAE_DECODER), 2)
+    # Which threads take part in a sum changes its last digits.
+    assert np.allclose(colours.weights, again.weights, rtol=1e-3, atol=1e-4)
+    assert np.allclose(colours.bias, again.bias, rtol=1e-3, atol=1e-4)
 
 
 def test_drawn_pictures_have_any_colour_and_edges() -> None:
