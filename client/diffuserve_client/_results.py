@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffuserve.errors import InvalidArgumentError
+from diffuserve.errors import DiffuserveError, InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
 from diffuserve_client._events import decoded
 from diffuserve_client._files import FORMAT_OF_SUFFIX, numbered, write_atomically
@@ -68,7 +68,7 @@ class GeneratedImage:
             return self.data
         try:
             return with_record(self.data, self.format, Record.of(self.request, self.format, self.seed, self.info))
-        except ValueError:
+        except (ValueError, DiffuserveError):  # a server's mistakes are no reason to lose the picture
             return self.data
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
 
 if TYPE_CHECKING:
@@ -68,8 +69,13 @@ class Watcher:
 
 @contextmanager
 def watching(request: GenerateRequest, *, show: bool | None) -> Iterator[Watcher]:
-    """A bar on stderr, gone when done, and the pictures above it, which stay. `show`: None is where it can."""
+    """A bar on stderr, gone when done, and the pictures above it, which stay. `show`: None is where it can.
+
+    Raises InvalidArgumentError where pictures are to be shown and stderr is no terminal.
+    """
     if not sys.stderr.isatty():
+        if show:
+            raise InvalidArgumentError("--show is given, and stderr is no terminal; leave it out", input="show")
         yield Watcher()
         return
     from rich.console import Console

@@ -198,6 +198,13 @@ def test_the_record_is_what_the_server_told() -> None:
     assert again == GenerateRequest(prompt="a", checkpoint="shapes-v2", sampler="ddim", seed=14)
 
 
+def test_what_a_server_tells_wrongly_is_as_it_was_asked_for() -> None:
+    told = {"steps": "many", "sampler": None, "loras": [3], "seed": 14, "checkpoint": ["a"], "width": True}
+    one = Record.of(GenerateRequest(prompt="a", steps=3, sampler="ddim", width=64), "png", 14, told)
+    assert Record.from_json(one.to_json()).request() == GenerateRequest(prompt="a", steps=3, width=64, seed=14)
+    assert one.to_infotext().startswith("a\nSteps: 3, Seed: 14, RNG: CPU")
+
+
 def test_input_pictures_are_asked_for_and_checked(tmp_path: Path) -> None:
     request = GenerateRequest(prompt="a", init_image=b"init", control_image=b"edges", strength=0.5, seed=3)
     path = written(tmp_path, with_record(encoded("png"), "png", Record.of(request, "png", 3, {})))
@@ -358,6 +365,7 @@ def test_files_that_cannot_be_meant(data: bytes, said: str, tmp_path: Path) -> N
         ({"steps": True}, "says steps: 'True'"),
         ({"steps": "9"}, "says steps: '9'"),
         ({"loras": "night"}, "says loras: 'night'"),
+        ({"loras": [3]}, "says loras: '[3]'"),
         ({"init_image": "x"}, "says init_image"),
         ({"magic": 1}, "made by diffuserve 0.1.0, with 'magic', which 0.1.0 does not have"),
         ({"steps": 500}, "steps is 500, and must be from 1 to 150"),

@@ -54,6 +54,13 @@ _TYPES: Final[dict[str, tuple[type, ...]]] = {
 _TYPE_OF: Final = {one.name: _TYPES[str(one.type)] for one in fields(GenerateRequest) if one.name in _RECORDED}
 
 
+def _fits(name: str, value: Any) -> bool:
+    """Whether JSON's value is of the field's type; what it may be in that type, GenerateRequest says."""
+    if isinstance(value, list) and not all(isinstance(one, str) for one in value):
+        return False
+    return isinstance(value, _TYPE_OF.get(name, ())) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """`parameters`: GenerateRequest's fields by name; `pictures`: input pictures' sha256 by field, None if unknown."""
@@ -64,7 +71,9 @@ class Record:
     @classmethod
     def of(cls, request: GenerateRequest, image_format: str, seed: int, info: Mapping[str, Any]) -> Record:
         """Of one picture: the request, and what the server told of the picture."""
-        told = {name: info[name] for name in (*_RECORDED, *_TOLD) if name in info}
+        told = {name: info[name] for name in _TOLD if name in info}
+        # A value of the wrong type is a server's mistake, and not a reason to lose the picture.
+        told |= {name: info[name] for name in _RECORDED if name in info and _fits(name, info[name])}
         asked = {name: getattr(request, name) for name in _RECORDED}
         of_picture = {"seed": seed, "num_images": 1, "image_format": image_format}
         given = {name: getattr(request, name) for name in INPUT_PICTURES}
@@ -87,7 +96,7 @@ class Record:
                 "not have"
             )
         for name, value in known.items():
-            if not isinstance(value, _TYPE_OF.get(name, ())) or isinstance(value, bool):
+            if not _fits(name, value):
                 raise ValueError(f"its record says {name}: {str(value)[:32]!r}, which is no value for it")
         return cls(known, digests)
 

@@ -97,6 +97,15 @@ def test_without_metadata_the_file_is_as_it_came(fake: FakeTriton) -> None:
     assert Path("out.png").read_bytes() != picture()
 
 
+def test_show_needs_a_terminal(fake: FakeTriton) -> None:
+    result = run("generate", "a", "--show", url=fake.url)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "diffuserve: --show is given, and stderr is no terminal; leave it out\n",
+    )
+    assert fake.requests == []
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
