@@ -47,7 +47,7 @@ class AsyncConnection:
         if self._closed:
             raise RuntimeError("the client is closed; make another one")
         if self._channel is None:
-            options = (*CHANNEL_OPTIONS, *self._security.channel_options)
+            options = (*CHANNEL_OPTIONS, *self._security.channel_options(self.url))
             self._channel = (
                 grpc.aio.insecure_channel(self.url, options)
                 if self._credentials is None
