@@ -102,9 +102,9 @@ class Client:
         one raises, and on Ctrl-C, the request is cancelled on the server. `request_id` is its name in the server's log
         and for `cancel`; one is drawn otherwise.
 
-        Raises DiffuserveError; among them ConnectionFailedError, DeadlineError, InvalidArgumentError. A DrainingError
-        whose detail has a `snapshot` tells of a server that was shut down meanwhile, where the client may not try
-        again: `resume` goes on from it, and the pictures that were done by then are its detail `images`.
+        Raises DiffuserveError; among them ConnectionFailedError, DeadlineError, InvalidArgumentError. One whose detail
+        has a `snapshot` tells of a server that was shut down meanwhile, where the client may not try again, or tried
+        in vain: `resume` goes on from it, and the pictures that were done by then are its detail `images`.
         """
         request = request_from(
             prompt,

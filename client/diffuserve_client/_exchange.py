@@ -168,6 +168,8 @@ class Exchange:
         except (ValueError, TypeError, IndexError, KeyError, struct.error) as error:
             raise InternalError(f"the server's answer cannot be read ({error}), {self._progress()}") from error
         event = decode_event({name: array for name, array in tensors.items() if array is not None})
+        if not isinstance(event.info, dict):
+            raise InternalError(f"the server's {event.kind} has {str(event.info)[:64]!r} as info, which is no object")
         if event.kind == "snapshot":
             self.is_handed_over = True
         elif event.kind == "image":

@@ -20,7 +20,8 @@ _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*\Z")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tls:
-    """TLS to the server. `ca`: a PEM file of the authorities to trust, else those that come with gRPC.
+    """TLS to the server. `ca`: a PEM file of the authorities to trust, else those that come with gRPC
+    (the environment's GRPC_DEFAULT_SSL_ROOTS_FILE_PATH names a file of others).
 
     `cert` and `key`: PEM files of the client's own certificate and its key, where the server asks for one (mTLS).
     `server_name`: the name that the server's certificate has, where that is not the address's.

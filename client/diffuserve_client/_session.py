@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from diffuserve.errors import DiffuserveError, DrainingError, InvalidArgumentError
+from diffuserve.errors import DiffuserveError, InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
 from diffuserve_client._endpoints import Endpoints
 from diffuserve_client._events import PictureEvent
@@ -90,7 +90,7 @@ class Collector:
 
     def tell_done(self, error: DiffuserveError, request: GenerateRequest) -> None:
         """Put the pictures that were done into an error after which the rest can be made elsewhere."""
-        if isinstance(error, DrainingError) and "snapshot" in error.detail:
+        if "snapshot" in error.detail:
             error.detail["images"] = result_from(request, self._images).images
 
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,13 @@ def test_an_answer_that_cannot_be_read(client: Client, fake: FakeTriton, spoil: 
     spoil(spoilt.infer_response)
     fake.script = script_of(spoilt)
     with pytest.raises(InternalError, match=r"cannot be read"):
+        client.generate("a")
+
+
+def test_an_answer_whose_info_is_no_object(client: Client, fake: FakeTriton) -> None:
+    info: Any = ["strange"]
+    fake.script = script_of(response(replace(image(), info=info), final=True))
+    with pytest.raises(InternalError, match="which is no object"):
         client.generate("a")
 
 
