@@ -51,7 +51,8 @@ class Security:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for name, value in self.metadata:
+        given: Sequence[tuple[str, object]] = self.metadata  # a caller without a type checker brings numbers
+        for name, value in given:
             if not _HEADER_NAME.match(name) or not isinstance(value, str) or not _HEADER_VALUE.match(value):
                 raise InvalidArgumentError(
                     f"the header {name[:64]!r} cannot be sent: its name must be of letters, digits, - _ and ., not "

@@ -361,6 +361,7 @@ def test_files_that_cannot_be_meant(data: bytes, said: str, tmp_path: Path) -> N
         ({"init_image": "x"}, "says init_image"),
         ({"magic": 1}, "made by diffuserve 0.1.0, with 'magic', which 0.1.0 does not have"),
         ({"steps": 500}, "steps is 500, and must be from 1 to 150"),
+        ({"seed": 10**400}, "and must be from -1 to 9223372036854775807"),
         ({"loras": ["../night"]}, "loras holds '../night'"),
     ],
 )
@@ -371,6 +372,14 @@ def test_records_that_no_client_wrote(change: dict[str, Any], said: str, tmp_pat
     with pytest.raises(InvalidArgumentError) as caught:
         GenerateRequest.from_image(path)
     assert said in caught.value.message
+
+
+def test_a_record_without_a_prompt(tmp_path: Path) -> None:
+    content = json.loads(record().to_json())
+    del content["parameters"]["prompt"]
+    path = written(tmp_path, with_text(b"iTXt", b"diffuserve\0\0\0\0\0" + json.dumps(content).encode()))
+    with pytest.raises(InvalidArgumentError, match="its record has no prompt"):
+        GenerateRequest.from_image(path)
 
 
 def test_a_long_line_takes_no_long_time() -> None:

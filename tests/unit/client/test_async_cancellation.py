@@ -23,16 +23,19 @@ def test_a_task_is_cancelled_however_fast_events_come(fake: FakeTriton) -> None:
     def flood(fake: FakeTriton, request: Any) -> Iterator[Any]:
         return itertools.repeat(response(progress(1, 20)))  # until gRPC sees that the client is gone
 
+    async def cancel_after(client: AsyncClient, seconds: float) -> None:
+        heard = asyncio.Event()
+        task = asyncio.create_task(client.generate("a", on_progress=lambda _: heard.set()))
+        await heard.wait()
+        await asyncio.sleep(seconds)
+        task.cancel()
+        await asyncio.wait((task,), timeout=1)
+        assert task.cancelled()
+
     async def main() -> None:
         async with AsyncClient(fake.url) as client:
             for place in range(60):
-                heard = asyncio.Event()
-                task = asyncio.create_task(client.generate("a", on_progress=lambda _, heard=heard: heard.set()))
-                await heard.wait()
-                await asyncio.sleep(place * 0.0002)  # somewhere between two events
-                task.cancel()
-                await asyncio.wait((task,), timeout=1)
-                assert task.cancelled()
+                await cancel_after(client, place * 0.0002)  # somewhere between two events
 
     fake.script = flood
     asyncio.run(main())
@@ -51,8 +54,7 @@ def test_a_client_that_is_closed_is_no_cancelled_task(fake: FakeTriton, call: st
         task = asyncio.create_task(getattr(client, call)())
         await until(begun)
         await client.aclose()
-        (outcome,) = await asyncio.gather(task, return_exceptions=True)
-        return outcome
+        return (await asyncio.gather(task, return_exceptions=True))[0]
 
     fake.script = begin
     outcome = asyncio.run(main())
