@@ -275,7 +275,8 @@ def test_credentials_that_cannot_be_are_refused(tmp_path: Path) -> None:
         Client(["localhost:8001", "gpu-1:8001"], token="secret")
     for url in ("localhost:1", "127.0.0.1:1", "[::1]:1"):
         Client(url, token="secret").close()
-    for headers in ({"bad name": "a"}, {"a": "b\n"}, {"ümlaut": "a"}, {"a-bin": "b"}, {"grpc-a": "b"}, {"a": b"b"}):
+    odd: Any = {"a": b"b"}
+    for headers in ({"bad name": "a"}, {"a": "b\n"}, {"ümlaut": "a"}, {"a-bin": "b"}, {"grpc-a": "b"}, odd):
         with pytest.raises(InvalidArgumentError, match="cannot be sent"):
             Client(headers=headers)
     with pytest.raises(InvalidArgumentError, match="give both"):
