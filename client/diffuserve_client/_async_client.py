@@ -207,7 +207,7 @@ class AsyncClient:
         exchange = StatusExchange(url=url, timeout=self.timeout)
         call = self._connection(url).call(exchange, self.timeout.total, trace_headers())
         async with aclosing(call.events()) as events:
-            (event,) = [event async for event in events]  # to the stream's end
+            (event,) = [event async for event in events if event.kind == "status"]  # to the stream's end
             return dict(event.info)
 
     def _run(self, request: GenerateRequest, request_id: str | None) -> _Run:

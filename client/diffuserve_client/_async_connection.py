@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 import grpc
@@ -47,7 +47,7 @@ class AsyncConnection:
         if self._closed:
             raise RuntimeError("the client is closed; make another one")
         if self._channel is None:
-            options = (*CHANNEL_OPTIONS, *self._security.channel_options)
+            options = (*CHANNEL_OPTIONS, *self._security.channel_options(self.url))
             self._channel = (
                 grpc.aio.insecure_channel(self.url, options)
                 if self._credentials is None
@@ -97,9 +97,6 @@ class AsyncCall:
             if not self._exchange.finished:
                 self._connection.drop_if_lost(channel, error)
                 raise self._exchange.failure(error.code(), error.details()) from error
-        except asyncio.CancelledError:
-            self._check_cancelled()
-            raise  # of the task that waits
         except DiffuserveError:
             if self._exchange.finished:
                 await self._drain()
@@ -127,20 +124,35 @@ class AsyncCall:
     async def _next(self) -> Any:
         """What comes next. Raises the error of a silent server where nothing comes for the stall timeout."""
         try:
-            return await asyncio.wait_for(self._call.read(), self._connection.timeout.stall)
+            return await self._within(self._connection.timeout.stall, self._call.read())
         except asyncio.TimeoutError as error:
             raise self._exchange.stalled() from error
 
     async def _drain(self) -> None:
         """Let a stream whose last word came end by itself."""
         try:
-            while await asyncio.wait_for(self._call.read(), self._connection.timeout.connect) is not grpc.aio.EOF:
+            while await self._within(self._connection.timeout.connect, self._call.read()) is not grpc.aio.EOF:
                 pass
-        except (grpc.aio.AioRpcError, asyncio.TimeoutError):
+        except (grpc.aio.AioRpcError, asyncio.TimeoutError, DiffuserveError):
             pass
-        except asyncio.CancelledError:
-            if not self._cancelled:  # but by `cancel`, as that word was on its way
-                raise
+
+    async def _within(self, seconds: float, answer: Awaitable[Any]) -> Any:
+        """What gRPC answers. Raises TimeoutError, and CancelledError where the call is cancelled meanwhile.
+
+        Unlike asyncio.wait_for, it neither forgets that the task is cancelled while an answer comes (before Python
+        3.12), nor takes the end of the call, as of a client that is closed, for that of the task.
+        """
+        waiting = asyncio.ensure_future(answer)
+        try:
+            await asyncio.wait((waiting,), timeout=seconds)
+        finally:
+            if not waiting.done():
+                waiting.cancel()  # and with it the call
+        if not waiting.done():
+            raise asyncio.TimeoutError
+        if waiting.cancelled():
+            raise self._exchange.failure(grpc.StatusCode.CANCELLED, "by the client")
+        return waiting.result()
 
     async def _greet(self, stub: Any, channel: Any) -> None:
         """As Call._greet."""
@@ -148,7 +160,7 @@ class AsyncCall:
         limit = min(timeout.connect, self._left)
         self._call = stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=limit, metadata=self._headers)
         try:
-            await self._call
+            await self._within(self._connection.timeout.total, self._call)
         except grpc.aio.AioRpcError as error:
             self._connection.drop_if_lost(channel, error)
             raise connect_failure(error.code(), error.details(), url=url, timeout=timeout) from error

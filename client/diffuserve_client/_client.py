@@ -59,7 +59,7 @@ class Client:
         """`timeout`: a Timeout, or the seconds that a request may take in all, its retries included.
 
         `token` is sent as a bearer token and `headers` as they are, with every call; a token goes over TLS, or over
-        loopback. gRPC reads a proxy from the environment (`http_proxy`, `no_proxy`).
+        loopback. gRPC reads a proxy from the environment (`http_proxy`, `no_proxy`), which is not for loopback.
         """
         self._session = Session(url, timeout=timeout, retry=retry, tls=tls, token=token, headers=headers)
         from diffuserve_client._connection import Connection
@@ -102,9 +102,9 @@ class Client:
         one raises, and on Ctrl-C, the request is cancelled on the server. `request_id` is its name in the server's log
         and for `cancel`; one is drawn otherwise.
 
-        Raises DiffuserveError; among them ConnectionFailedError, DeadlineError, InvalidArgumentError. A DrainingError
-        whose detail has a `snapshot` tells of a server that was shut down meanwhile, where the client may not try
-        again: `resume` goes on from it, and the pictures that were done by then are its detail `images`.
+        Raises DiffuserveError; among them ConnectionFailedError, DeadlineError, InvalidArgumentError. One whose detail
+        has a `snapshot` tells of a server that was shut down meanwhile, where the client may not try again, or tried
+        in vain: `resume` goes on from it, and the pictures that were done by then are its detail `images`.
         """
         request = request_from(
             prompt,
@@ -239,10 +239,10 @@ class Client:
 
         Raises DiffuserveError; among them ConnectionFailedError.
         """
-        errors = []
+        errors, headers = [], trace_headers()
         for url in self.urls:
             try:
-                return self._status(url)
+                return self._status(url, headers)
             except DiffuserveError as error:
                 errors.append(error)
         raise errors[0]
@@ -260,20 +260,21 @@ class Client:
         def ask(url: str) -> Health:
             started = time.monotonic()
             try:
-                return health_of(url, self._status(url), time.monotonic() - started)
+                return health_of(url, self._status(url, headers), time.monotonic() - started)
             except DiffuserveError as error:
                 return health_of(url, error, time.monotonic() - started)
 
+        headers = trace_headers()  # other threads do not have this one's trace
         with ThreadPoolExecutor(len(self.urls)) as pool:
             return tuple(pool.map(ask, self.urls))
 
-    def _status(self, url: str) -> dict[str, Any]:
+    def _status(self, url: str, headers: Sequence[tuple[str, str]]) -> dict[str, Any]:
         from diffuserve_client._exchange import StatusExchange
 
         exchange = StatusExchange(url=url, timeout=self.timeout)
-        call = self._connections[url].call(exchange, self.timeout.total, trace_headers())
+        call = self._connections[url].call(exchange, self.timeout.total, headers)
         try:
-            (event,) = call.events()  # to the stream's end
+            (event,) = [one for one in call.events() if one.kind == "status"]  # to the stream's end
             return dict(event.info)
         finally:
             call.cancel()

@@ -68,7 +68,7 @@ class Connection:
             if self._closed:
                 raise RuntimeError("the client is closed; make another one")
             if self._line is None:
-                options = (*CHANNEL_OPTIONS, *self._security.channel_options)
+                options = (*CHANNEL_OPTIONS, *self._security.channel_options(self.url))
                 self._line = Line(
                     grpc.insecure_channel(self.url, options)
                     if self._credentials is None

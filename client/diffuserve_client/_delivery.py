@@ -237,7 +237,10 @@ class Delivery:
         return self._failures < (self._retry.retries + 1) * len(self._endpoints)
 
     def _final(self, error: DiffuserveError) -> DiffuserveError:
-        """The error for the caller: it says how often was tried."""
+        """The error for the caller: it says how often was tried, and has the snapshot that is still to go on from."""
+        # One of a part of the request counts its images from that part's first, which nobody else knows.
+        if self._snapshot != self.request.resume and not self._offset:
+            error.detail.setdefault("snapshot", self._snapshot)
         if self._failures > 1:
             error.detail["tries"] = self._failures
             error.message = f"{error.message} (tried {self._failures} times)"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffuserve.errors import DiffuserveError
+from diffuserve.errors import DiffuserveError, InternalError
 
 __all__ = ["Checkpoint", "Health", "checkpoints_of", "health_of"]
 
@@ -54,6 +54,14 @@ class Health:
 
 
 def checkpoints_of(status: Mapping[str, Any]) -> tuple[Checkpoint, ...]:
+    """Raises InternalError for a status that no server of this release tells."""
+    try:
+        return _checkpoints(status)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _strange(error) from error
+
+
+def _checkpoints(status: Mapping[str, Any]) -> tuple[Checkpoint, ...]:
     return tuple(
         Checkpoint(
             name=name,
@@ -74,11 +82,18 @@ def checkpoints_of(status: Mapping[str, Any]) -> tuple[Checkpoint, ...]:
 def health_of(url: str, answer: Mapping[str, Any] | DiffuserveError, seconds: float) -> Health:
     if isinstance(answer, DiffuserveError):
         return Health(url=url, state="unreachable", latency_s=seconds, error=answer)
-    return Health(
-        url=url,
-        state=answer["state"],
-        waiting=answer["waiting"],
-        active=answer["active"],
-        version=answer.get("version"),
-        latency_s=seconds,
-    )
+    try:
+        return Health(
+            url=url,
+            state=answer["state"],
+            waiting=answer["waiting"],
+            active=answer["active"],
+            version=answer.get("version"),
+            latency_s=seconds,
+        )
+    except KeyError as error:
+        return Health(url=url, state="unreachable", latency_s=seconds, error=_strange(error))
+
+
+def _strange(error: Exception) -> InternalError:
+    return InternalError(f"the server's status cannot be read ({error!r}); use a server and a client of one release")

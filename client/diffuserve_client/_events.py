@@ -28,8 +28,11 @@ def decoded(data: bytes) -> PIL.Image.Image:
     """An encoded picture. Raises OSError where it is none."""
     import PIL.Image
 
-    image = PIL.Image.open(io.BytesIO(data))
-    image.load()
+    try:
+        image = PIL.Image.open(io.BytesIO(data))
+        image.load()
+    except (PIL.Image.DecompressionBombError, SyntaxError) as error:  # neither of which is an OSError
+        raise OSError(f"the picture cannot be decoded: {error}") from error
     return image
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -19,6 +20,7 @@ from diffuserve.errors import (
     DeadlineError,
     DiffuserveError,
     InternalError,
+    InvalidArgumentError,
     NotFoundError,
     UnavailableError,
     from_wire,
@@ -58,6 +60,7 @@ CHANNEL_OPTIONS: Final = (
 _DATATYPES: Final = {spec.name: spec.datatype for spec in INPUTS}
 _TLS_FAILED: Final = re.compile(r"SSL|TSI_|\bTls\b|verification check")
 _UNKNOWN_MODEL: Final = "Request for unknown model"
+_CREDENTIALS_REFUSED: Final = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
 class Exchange:
@@ -154,12 +157,19 @@ class Exchange:
             )
         if code is grpc.StatusCode.CANCELLED:
             return CancelledError(f"the request was cancelled, {self._progress()} ({details})")
+        if code in _CREDENTIALS_REFUSED:
+            return _refused(self._url, details)
         return self._server_error(details)
 
     def _event(self, infer: Any) -> Event:
-        result = InferResult(infer)
-        tensors = {spec.name: result.as_numpy(spec.name) for spec in OUTPUTS}
+        try:
+            result = InferResult(infer)
+            tensors = {spec.name: result.as_numpy(spec.name) for spec in OUTPUTS}
+        except (ValueError, TypeError, IndexError, KeyError, struct.error) as error:
+            raise InternalError(f"the server's answer cannot be read ({error}), {self._progress()}") from error
         event = decode_event({name: array for name, array in tensors.items() if array is not None})
+        if not isinstance(event.info, dict):
+            raise InternalError(f"the server's {event.kind} has {str(event.info)[:64]!r} as info, which is no object")
         if event.kind == "snapshot":
             self.is_handed_over = True
         elif event.kind == "image":
@@ -209,15 +219,26 @@ class Exchange:
 
 
 class StatusExchange(Exchange):
-    """Asks how the server is, which is answered by one event."""
+    """Asks how the server is, which is answered by one event.
+
+    `receive` raises InternalError where that does not come, or another.
+    """
 
     def __init__(self, *, url: str, timeout: Timeout) -> None:
         super().__init__(GenerateRequest(prompt=""), url=url, timeout=timeout)
+        self._answers = 0
 
     def _tensors(self) -> Mapping[str, Array]:
         return {**encode_request(self._request), **encode_operation("status")}
 
+    def _event(self, infer: Any) -> Event:
+        event = super()._event(infer)
+        self._answers += event.kind == "status"
+        return event
+
     def _finish(self) -> None:
+        if self._answers != 1:
+            raise InternalError(f"the server at {self._url} told its status {self._answers} times; its log may say why")
         self.finished = True
 
 
@@ -229,6 +250,8 @@ def connect_failure(code: Any, details: str | None, *, url: str, timeout: Timeou
         if timeout.total <= timeout.connect:
             return _deadline(timeout, url, "none of it begun")
         reason = f"no answer within {timeout.connect:g} s"
+    elif code in _CREDENTIALS_REFUSED:
+        return _refused(url, details or code.name)
     elif code is grpc.StatusCode.UNIMPLEMENTED:
         reason = f"it does not speak Triton's gRPC protocol: {details}"
     else:
@@ -240,6 +263,15 @@ def connect_failure(code: Any, details: str | None, *, url: str, timeout: Timeou
     return ConnectionFailedError(
         f"cannot reach a server at {url} ({reason}); start it (make serve) or correct the address, which is host:port "
         "of its gRPC port",
+        url=url,
+    )
+
+
+def _refused(url: str, details: str) -> DiffuserveError:
+    return InvalidArgumentError(
+        f"{url} refuses the client's credentials ({_cause(details)}); correct the token, the headers or the client's "
+        "certificate",
+        input="token",
         url=url,
     )
 

@@ -21,7 +21,7 @@ class Gathering:
     """`concurrency` requests are under way at most. Where results are yielded in order, those that are done before
     their turn are held, as many again at most; then no more is sent until the one that all wait for is done.
 
-    `requests` is read as it is needed. Raises InvalidArgumentError.
+    `requests` is read as it is needed. Raises InvalidArgumentError, TypeError for what is no request.
     """
 
     def __init__(
@@ -34,6 +34,8 @@ class Gathering:
                 value=concurrency,
                 maximum=MOST_CONCURRENT,
             )
+        if isinstance(requests, str):
+            raise TypeError("requests is one text, whose letters would be a request each; give a list of prompts")
         self._requests = iter(requests)
         self._concurrency = concurrency
         self._in_order = in_order
@@ -56,10 +58,15 @@ class Gathering:
             and self._under_way < self._concurrency
             and self._sent - self._yielded < 2 * self._concurrency
         ):
-            request = next(self._requests, None)
-            if request is None:
+            try:
+                request = next(self._requests)
+            except StopIteration:
                 self._exhausted = True
                 return
+            if not isinstance(request, (GenerateRequest, str)):
+                raise TypeError(
+                    f"request {self._sent} is {type(request).__name__}, and must be a GenerateRequest or a text"
+                )
             index = self._sent
             self._sent += 1
             self._under_way += 1

@@ -102,7 +102,7 @@ class ConnectionOptions:
     ] = field(default=None, repr=False)
     tls: Annotated[
         bool | None,
-        _option("TLS", "Speak TLS and trust the system's authorities. The other --tls options ask for TLS too."),
+        _option("TLS", "Speak TLS and trust gRPC's authorities. The other --tls options ask for TLS too."),
     ] = None
     tls_ca: Annotated[str | None, _option("TLS_CA", "The authorities to trust instead, in PEM.", metavar="FILE")] = None
     tls_cert: Annotated[

@@ -14,13 +14,14 @@ from diffuserve.errors import InvalidArgumentError
 __all__ = ["Security", "Tls", "trace_headers"]
 
 _LOOPBACK: Final = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]|unix:.*)(:\d+)?\Z")
-_HEADER_NAME: Final = re.compile(r"[0-9a-z_.-]+\Z")
+_HEADER_NAME: Final = re.compile(r"(?!grpc-)(?!.*-bin\Z)[0-9a-z_.-]+\Z")
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e]*\Z")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tls:
-    """TLS to the server. `ca`: a PEM file of the authorities to trust, else the system's.
+    """TLS to the server. `ca`: a PEM file of the authorities to trust, else those that come with gRPC
+    (the environment's GRPC_DEFAULT_SSL_ROOTS_FILE_PATH names a file of others).
 
     `cert` and `key`: PEM files of the client's own certificate and its key, where the server asks for one (mTLS).
     `server_name`: the name that the server's certificate has, where that is not the address's.
@@ -50,11 +51,12 @@ class Security:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for name, value in self.metadata:
-            if not _HEADER_NAME.match(name) or not _HEADER_VALUE.match(value):
+        given: Sequence[tuple[str, object]] = self.metadata  # a caller without a type checker brings numbers
+        for name, value in given:
+            if not _HEADER_NAME.match(name) or not isinstance(value, str) or not _HEADER_VALUE.match(value):
                 raise InvalidArgumentError(
-                    f"the header {name[:64]!r} cannot be sent: its name must be of letters, digits, - _ and ., and its "
-                    "value of printable ASCII",
+                    f"the header {name[:64]!r} cannot be sent: its name must be of letters, digits, - _ and ., not "
+                    "gRPC's own (grpc-, -bin), and its value a text of printable ASCII",
                     input="headers",
                 )
 
@@ -79,10 +81,11 @@ class Security:
 
         return grpc.ssl_channel_credentials(_read(self.tls.ca), _read(self.tls.key), _read(self.tls.cert))
 
-    @property
-    def channel_options(self) -> tuple[tuple[str, Any], ...]:
+    def channel_options(self, url: str) -> tuple[tuple[str, Any], ...]:
         name = self.tls.server_name if self.tls is not None else None
-        return () if name is None else (("grpc.ssl_target_name_override", name),)
+        named = () if name is None else (("grpc.ssl_target_name_override", name),)
+        # A proxy's loopback is another one, and would see the token.
+        return (*named, ("grpc.enable_http_proxy", 0)) if _LOOPBACK.match(url) else named
 
 
 def _read(path: str | Path | None) -> bytes | None:
@@ -105,4 +108,4 @@ def trace_headers() -> Sequence[tuple[str, str]]:
 
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
-    return tuple(carrier.items())
+    return tuple((name.lower(), value) for name, value in carrier.items())  # gRPC refuses others

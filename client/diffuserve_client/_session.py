@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from diffuserve.errors import DiffuserveError, DrainingError, InvalidArgumentError
+from diffuserve.errors import DiffuserveError, InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
 from diffuserve_client._endpoints import Endpoints
 from diffuserve_client._events import PictureEvent
@@ -53,11 +53,8 @@ class Session:
         # gRPC takes most of a second to import; whoever only reads types or --help should not wait for it.
         from diffuserve_client._delivery import Delivery
 
-        if request_id is not None and not 0 < len(request_id.encode(errors="replace")) <= _MOST_ID_BYTES:
-            raise InvalidArgumentError(
-                f"the request id has {len(request_id)} characters, and must have from 1 to {_MOST_ID_BYTES} bytes",
-                input="request_id",
-            )
+        if request_id is not None:
+            _check_id(request_id)
         return Delivery(
             request,
             request_id=request_id or uuid.uuid4().hex,
@@ -93,8 +90,22 @@ class Collector:
 
     def tell_done(self, error: DiffuserveError, request: GenerateRequest) -> None:
         """Put the pictures that were done into an error after which the rest can be made elsewhere."""
-        if isinstance(error, DrainingError) and "snapshot" in error.detail:
+        if "snapshot" in error.detail:
             error.detail["images"] = result_from(request, self._images).images
+
+
+def _check_id(request_id: str) -> None:
+    try:
+        size = len(request_id.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"the request id cannot be UTF-8 (character {error.start}: {error.reason}); correct it", input="request_id"
+        ) from error
+    if not 0 < size <= _MOST_ID_BYTES:
+        raise InvalidArgumentError(
+            f"the request id has {len(request_id)} characters, and must have from 1 to {_MOST_ID_BYTES} bytes",
+            input="request_id",
+        )
 
 
 def _checked(urls: tuple[str, ...]) -> tuple[str, ...]:

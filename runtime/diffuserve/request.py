@@ -84,7 +84,7 @@ def _check_range(name: str, value: float, low: float, high: float, remedy: str =
         raise InvalidArgumentError(
             f"{name} is {value}, and must be from {low} to {high}{hint}",
             input=name,
-            value=value if math.isfinite(value) else str(value),
+            value=value if isinstance(value, int) or math.isfinite(value) else str(value),
             minimum=low,
             maximum=high,
         )

@@ -95,6 +95,7 @@ def test_files_that_cannot_be_meant(data: bytes, said: str, tmp_path: Path) -> N
         ({"init_image": "x"}, "says init_image"),
         ({"magic": 1}, "made by diffuserve 0.1.0, with 'magic', which 0.1.0 does not have"),
         ({"steps": 500}, "steps is 500, and must be from 1 to 150"),
+        ({"seed": 10**400}, "and must be from -1 to 9223372036854775807"),
         ({"loras": ["../night"]}, "loras holds '../night'"),
     ],
 )
@@ -119,3 +120,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         GenerateRequest.from_image(tmp_path / "none.png")
     with pytest.raises(InvalidArgumentError, match="Is a directory"):
         GenerateRequest.from_image(tmp_path)
+
+
+def test_a_record_without_a_prompt(tmp_path: Path) -> None:
+    content = json.loads(record().to_json())
+    del content["parameters"]["prompt"]
+    path = written(tmp_path, with_text(b"iTXt", b"diffuserve\0\0\0\0\0" + json.dumps(content).encode()))
+    with pytest.raises(InvalidArgumentError, match="its record has no prompt"):
+        GenerateRequest.from_image(path)

@@ -94,17 +94,17 @@ def angles(
 
 def _reference(path: Path) -> tuple[PIL.Image.Image, bytes]:
     """The picture, decoded and as it is. Raises InvalidArgumentError."""
-    import PIL.Image
+    import PIL
 
     from diffuserve_client._events import decoded
 
     data = read_picture(path)
     try:
         return decoded(data), data
-    except OSError as error:
+    except PIL.UnidentifiedImageError as error:
         raise InvalidArgumentError(f"{path} is no picture; give a picture's file") from error
-    except PIL.Image.DecompressionBombError as error:
-        raise InvalidArgumentError(f"{path} is too large: {error}; give a smaller picture") from error
+    except OSError as error:
+        raise InvalidArgumentError(f"{path} cannot be used: {error}; give another picture") from error
 
 
 def _of_image(

@@ -90,6 +90,8 @@ class Record:
             digests = None if pictures is None else dict(pictures)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError("its record is damaged") from error
+        if "prompt" not in known:
+            raise ValueError("its record has no prompt")
         if strange := sorted({*known, *(digests or ())} - {*_RECORDED, *INPUT_PICTURES}):
             raise ValueError(
                 f"it was made by diffuserve {str(version)[:32]}, with {strange[0][:32]!r}, which {__version__} does "

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +44,8 @@ from diffuserve_client import (
     _exchange,
     _timeout,
 )
-from diffuserve_client._events import typed
-from unit.client.fake_triton import FakeTriton, answer, failure, heartbeat, image, progress, response, silence
+from diffuserve_client._events import decoded, typed
+from unit.client.fake_triton import FakeTriton, answer, failure, heartbeat, image, picture, progress, response, silence
 
 #: No second try, which would hide the first's error.
 ONCE = Retry(retries=0)
@@ -361,6 +364,47 @@ def test_a_streams_status_becomes_an_error(
     assert type(error) is kind
     assert "what gRPC says" in error.message
     assert type(exchange.failure(code, None)) is kind
+
+
+def _short(infer: Any) -> None:
+    infer.raw_output_contents[0] = b"\xff\xff\xff\xff"
+
+
+def _long(infer: Any) -> None:
+    infer.outputs[2].shape[0] = 77
+
+
+def _few(infer: Any) -> None:
+    del infer.raw_output_contents[3:]
+
+
+def _strange(infer: Any) -> None:
+    infer.outputs[2].datatype = "FOO"
+
+
+@pytest.mark.parametrize("spoil", [_short, _long, _few, _strange])
+def test_an_answer_that_cannot_be_read(client: Client, fake: FakeTriton, spoil: Callable[[Any], None]) -> None:
+    spoilt = response(image(), final=True)
+    spoil(spoilt.infer_response)
+    fake.script = script_of(spoilt)
+    with pytest.raises(InternalError, match=r"cannot be read"):
+        client.generate("a")
+
+
+def test_an_answer_whose_info_is_no_object(client: Client, fake: FakeTriton) -> None:
+    info: Any = ["strange"]
+    fake.script = script_of(response(replace(image(), info=info), final=True))
+    with pytest.raises(InternalError, match="which is no object"):
+        client.generate("a")
+
+
+def test_a_picture_that_cannot_be_decoded() -> None:
+    header = bytearray(picture()[12:29])
+    header[4:12] = struct.pack(">II", 60_000, 60_000)
+    bomb = picture()[:12] + header + struct.pack(">I", zlib.crc32(header)) + picture()[33:]
+    for data, why in ((b"", "cannot identify"), (b"picture", "cannot identify"), (bomb, "3600000000 pixels")):
+        with pytest.raises(OSError, match=why):
+            decoded(data)
 
 
 def test_the_client_errors_are_in_the_shared_tree() -> None:

@@ -258,6 +258,18 @@ def test_a_snapshot_that_the_other_refuses_is_let_go() -> None:
     assert (again.prompt, again.resume, again.seed, again.num_images) == ("a", b"", 6, 2)
 
 
+def test_a_snapshot_that_nobody_took_is_the_callers() -> None:
+    service = Service(retry=Retry(retries=1))
+    delivery = service.delivery(GenerateRequest(prompt="a", seed=5, num_images=3))
+    service.begin(delivery)
+    delivery.take(Event(kind="snapshot", data=b"half done", info={}))
+    delivery.ended(handed_over=True)
+    service.begin(delivery)
+    with pytest.raises(ConnectionFailedError) as caught:
+        delivery.failed(lost())
+    assert caught.value.detail["snapshot"] == b"half done"
+
+
 def test_a_snapshot_within_a_later_part_keeps_its_place() -> None:
     service = Service()
     delivery = service.delivery(GenerateRequest(prompt="a", seed=5, num_images=4))

@@ -51,12 +51,12 @@ def test_results_come_in_order_or_as_they_are_done(client: Client, fake: FakeTri
 
     fake.script = first_waits
     ended: set[int] = set()
-    results = list(client.generate_many("0123", concurrency=4, on_event=hear))
+    results = list(client.generate_many(list("0123"), concurrency=4, on_event=hear))
     assert data_of(results) == [b"0", b"1", b"2", b"3"]
     assert [one.index for one in results] == [0, 1, 2, 3]
     assert len({one.request_id for one in results}) == 4
     others_done.clear()
-    as_done = client.generate_many("0123", concurrency=4, in_order=False)
+    as_done = client.generate_many(list("0123"), concurrency=4, in_order=False)
     assert {one.index for one in islice(as_done, 3)} == {1, 2, 3}
     others_done.set()
     assert [one.index for one in as_done] == [0]
@@ -96,12 +96,12 @@ def test_the_first_error_ends_it_and_says_whose_it_is(client: Client, fake: Fake
             yield from named(fake, request)
 
     fake.script = second_fails
-    results = client.generate_many("0123", concurrency=1)
+    results = client.generate_many(list("0123"), concurrency=1)
     assert next(results).index == 0
     with pytest.raises(InvalidArgumentError, match="no such size") as caught:
         next(results)
     assert caught.value.detail["index"] == 1
-    mixed = list(client.generate_many("0123", concurrency=2, return_errors=True))
+    mixed = list(client.generate_many(list("0123"), concurrency=2, return_errors=True))
     assert [isinstance(one, GenerateResult) for one in mixed] == [True, False, True, True]
     assert isinstance(mixed[1], InvalidArgumentError)
     assert mixed[1].detail["index"] == 1
@@ -116,6 +116,14 @@ def test_a_bug_in_the_callers_requests_is_raised(client: Client, fake: FakeTrito
         list(client.generate_many(broken(), concurrency=1))
     with pytest.raises(InvalidArgumentError, match="steps is 0"):
         list(client.generate_many(GenerateRequest(prompt="a", steps=steps) for steps in (1, 0)))
+
+
+def test_what_is_no_request_is_refused(client: Client) -> None:
+    with pytest.raises(TypeError, match="whose letters would be a request each"):
+        client.generate_many("a red circle")
+    requests: Any = [GenerateRequest(prompt="a"), None, "b"]
+    with pytest.raises(TypeError, match="request 1 is NoneType"):
+        list(client.generate_many(requests))
 
 
 def test_events_are_heard_with_their_index(client: Client) -> None:

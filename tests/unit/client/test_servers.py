@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
-from opentelemetry import context, trace
+from opentelemetry import context, propagate, trace
 
 from diffuserve_client import (
     CancelledError,
@@ -20,6 +20,7 @@ from diffuserve_client import (
     DrainingError,
     Event,
     GenerateRequest,
+    InternalError,
     InvalidArgumentError,
     NotFoundError,
     QueueFullError,
@@ -146,6 +147,8 @@ def test_closing_ends_what_waits_for_its_next_try(client_class: Any) -> None:
 def test_a_request_id_has_limits(client: Client, request_id: str) -> None:
     with pytest.raises(InvalidArgumentError, match="must have from 1 to 256 bytes"):
         client.generate("a", request_id=request_id)
+    with pytest.raises(InvalidArgumentError, match="cannot be UTF-8"):
+        client.generate("a", request_id="\ud800")
 
 
 STATUS: dict[str, Any] = {
@@ -272,7 +275,8 @@ def test_credentials_that_cannot_be_are_refused(tmp_path: Path) -> None:
         Client(["localhost:8001", "gpu-1:8001"], token="secret")
     for url in ("localhost:1", "127.0.0.1:1", "[::1]:1"):
         Client(url, token="secret").close()
-    for headers in ({"bad name": "a"}, {"a": "b\n"}, {"ümlaut": "a"}):
+    odd: Any = {"a": b"b"}
+    for headers in ({"bad name": "a"}, {"a": "b\n"}, {"ümlaut": "a"}, {"a-bin": "b"}, {"grpc-a": "b"}, odd):
         with pytest.raises(InvalidArgumentError, match="cannot be sent"):
             Client(headers=headers)
     with pytest.raises(InvalidArgumentError, match="give both"):
@@ -285,6 +289,78 @@ def test_credentials_that_cannot_be_are_refused(tmp_path: Path) -> None:
     assert "secret" not in repr(Client("localhost:1", token="secret")._session.security)
 
 
+class Strict(FakeTriton):
+    """As behind a proxy that checks tokens, which answers `where` with `code`."""
+
+    def __init__(self, where: str, code: grpc.StatusCode) -> None:
+        self.where, self.code, self.asked = where, code, 0
+        super().__init__(tell)
+
+    def _refuse(self, where: str, context: Any) -> None:
+        if where == self.where:
+            self.asked += 1
+            context.abort(self.code, "no such token")
+
+    def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
+        self._refuse("ServerLive", context)
+        return super().ServerLive(request, context)
+
+    def ModelStreamInfer(self, request_iterator: Any, context: Any) -> Any:  # noqa: N802
+        self._refuse("ModelStreamInfer", context)
+        return super().ModelStreamInfer(request_iterator, context)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED])
+@pytest.mark.parametrize("where", ["ServerLive", "ModelStreamInfer"])
+def test_a_token_that_is_refused_is_not_sent_again(client_class: Any, where: str, code: grpc.StatusCode) -> None:
+    strict = Strict(where, code)
+    try:
+        with (
+            client_class(strict.url, token="wrong", retry=SOON) as client,
+            pytest.raises(InvalidArgumentError, match=r"refuses .* \(no such token\); correct the token") as caught,
+        ):
+            client.generate("a")
+        assert strict.asked == 1
+        assert "wrong" not in caught.value.message
+    finally:
+        strict.stop()
+
+
+def test_loopback_is_not_asked_of_a_proxy(client_class: Any, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://localhost:1")
+    with client_class(fake.url, token="secret", retry=ONCE) as client:
+        assert len(client.generate("a").images) == 1
+
+
+def test_a_propagator_may_have_capitals_in_its_headers(
+    client_class: Any, fake: FakeTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(propagate, "inject", lambda carrier: carrier.update({"X-Amzn-Trace-Id": "Root=1"}))
+    with client_class(fake.url, retry=ONCE) as client:
+        client.generate("a")
+    assert fake.headers[0]["x-amzn-trace-id"] == "Root=1"
+
+
+@pytest.mark.parametrize("told", [[], [STATUS, STATUS]])
+def test_a_status_comes_once(client: Client, fake: FakeTriton, told: list[Any]) -> None:
+    events = [response(Event(kind="status", info=one)) for one in told]
+    fake.script = lambda *_: iter([*events, response(None, final=True)])
+    with pytest.raises(InternalError, match=rf"told its status {len(told)} times"):
+        client.status()
+
+
+def test_a_status_of_another_release(client: Client, fake: FakeTriton) -> None:
+    fake.script = lambda *_: iter([response(Event(kind="status", info={"checkpoints": {"a": {}}}), final=True)])
+    (health,) = client.health()
+    assert not health.is_serving
+    assert isinstance(health.error, InternalError)
+    with pytest.raises(InternalError, match=r"cannot be read \(KeyError\('state'\)\)"):
+        client.models()
+
+
 def test_a_callers_trace_goes_with_its_requests(fake: FakeTriton) -> None:
     span = trace.NonRecordingSpan(trace.SpanContext(0x11, 0x22, is_remote=False, trace_flags=trace.TraceFlags(1)))
     with Client(fake.url) as client:
@@ -292,11 +368,14 @@ def test_a_callers_trace_goes_with_its_requests(fake: FakeTriton) -> None:
         try:
             client.generate("a")
             list(client.generate_many(["b"]))
+            fake.script = tell
+            client.health()
+            fake.script = answer
         finally:
             context.detach(token)
         client.generate("c")
     ours = f"00-{0x11:032x}-{0x22:016x}-01"
-    assert [one.get("traceparent") for one in fake.headers] == [ours, ours, None]
+    assert [one.get("traceparent") for one in fake.headers] == [ours, ours, ours, None]
 
 
 def test_a_server_that_dies_after_a_picture_is_not_asked_for_it_again(client_class: Any, serve: Serve) -> None:
