@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -70,3 +75,32 @@ def test_it_says_what_was_measured(told: Any) -> None:
     assert (told["urls"], told["client_version"], len(told["server_versions"])) == (1, told["server_versions"][0], 1)
     assert told["mix"]["steps"] == [2, 4, 6]
     assert told["extent"] == {"requests": 10, "seconds": None, "warm_up": 2}
+
+
+def test_ctrl_c_cancels_what_is_under_way(server: Any, client: Any) -> None:
+    def cancelled() -> float:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(server.metrics_url, timeout=10) as page:
+            counts = re.findall(
+                r"^diffuserve_requests_cancelled_total\{.*\} (\S+)$", page.read().decode(), re.MULTILINE
+            )
+        return sum(map(float, counts))
+
+    before = cancelled()
+    load = ("--concurrency", "3", "--requests", "500", "--warm-up", "0", "--steps", "150", "--json", "-")
+    command = [sys.executable, "-m", "diffuserve_client", "bench", "--url", server.grpc_url, *load]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        eventually(lambda: client.status()["active"] >= 3)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.endswith("diffuserve: interrupted; these are the figures until then\n")
+    assert json.loads(stdout)["runs"][0]["figures"]["interrupted"] == 3
+    eventually(lambda: cancelled() == before + 3)
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

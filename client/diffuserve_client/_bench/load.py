@@ -71,10 +71,10 @@ class OpenLoop:
 
     @property
     def short(self) -> str:
-        return f"{self.rate:g} requests/s"
+        return f"{self.rate:g}/s"
 
     def __str__(self) -> str:
-        return f"{self.of}, {self.short}"
+        return f"{self.of}, {self.rate:g} requests/s"
 
 
 Load = ClosedLoop | OpenLoop

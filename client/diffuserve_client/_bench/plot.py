@@ -41,6 +41,9 @@ def drawn(runs: Sequence[Run], suffix: str, title: str) -> bytes:
     for run in runs:
         _draw_latencies(axes[0], run)
         _draw_timeline(axes[1], run)
+    if len(runs) == 1:
+        axes[1].axvspan(0, runs[0].begin, alpha=0.06, color="black", label="warm-up")
+        axes[1].legend(fontsize="small")
     axes[0].set(title="latency", xlabel="seconds from arrival", ylabel="share of the requests done", ylim=(0, 1.02))
     axes[1].set(title="throughput", xlabel="seconds since the run began", ylabel="images/s", ylim=(0, None))
     axes[0].legend(fontsize="small", loc="lower right")
@@ -70,8 +73,6 @@ def _draw_timeline(panel: Axes, run: Run) -> None:
     failed = [one.done for one in run.records if one.done is not None and one.error is not None]
     if failed:
         panel.plot(failed, [0.0] * len(failed), "rx", clip_on=False)
-    if run.begin > 0:
-        panel.axvspan(0, run.begin, alpha=0.06, color="black")  # the warm-up
 
 
 def _draw_rates(panel: Axes, runs: Sequence[Run]) -> None:
@@ -86,7 +87,7 @@ def pictures_over_time(run: Run) -> tuple[list[float], list[float]]:
     """Bins' edges in seconds since the run began, and in each the images/s that were done, warm-up included."""
     done = [(one.done, one.images) for one in run.records if one.done is not None and one.error is None]
     end = max([run.end, *(at for at, _ in done)], default=0.0) or 1.0
-    bins = max(1, min(_MOST_BINS, len(done) // 4))
+    bins = max(1, min(_MOST_BINS, len(done) // 8))
     width = end / bins
     images = [0] * bins
     for at, count in done:

@@ -73,7 +73,7 @@ class Bench:
                 shown = [_seconds(value) for value in (latency.p50, latency.p90, latency.p99, latency.max)]
             errors = str(sum(one.errors.values()))
             table.add_row(
-                str(run.load), f"{one.images_per_s:.2f}", f"{one.image_steps_per_s:.1f}", str(one.done), errors, *shown
+                run.load.short, f"{one.images_per_s:.2f}", f"{one.image_steps_per_s:.1f}", str(one.done), errors, *shown
             )
         return table
 
@@ -102,7 +102,8 @@ def _lines(figures: Figures, deadline_s: float | None) -> list[str]:
 def _table(title: str | None, first: str, *others: str) -> Table:
     from rich.table import Table
 
-    table = Table(first, title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, no_wrap=True)
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
