@@ -63,18 +63,14 @@ class Bench:
         console.print()
 
     def _all_runs(self) -> Table:
-        table = _table(
-            None, self.runs[0].load.of, "images/s", "steps/s", "done", "errors", "p50 s", "p90 s", "p99 s", "max s"
-        )
+        table = _table(None, self.runs[0].load.of, "images/s", "steps/s", "errors", "p50 s", "p90", "p99", "max")
         for run in self.runs:
             one = self.figures(run)
             shown = ["-"] * 4
             if (latency := one.latency) is not None:
                 shown = [_seconds(value) for value in (latency.p50, latency.p90, latency.p99, latency.max)]
             errors = str(sum(one.errors.values()))
-            table.add_row(
-                run.load.short, f"{one.images_per_s:.2f}", f"{one.image_steps_per_s:.1f}", str(one.done), errors, *shown
-            )
+            table.add_row(run.load.short, f"{one.images_per_s:.2f}", f"{one.image_steps_per_s:.1f}", errors, *shown)
         return table
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from diffuserve_client._bench.figures import Distribution, EtaError, figures_of
 from diffuserve_client._bench.load import ClosedLoop, OpenLoop
@@ -96,6 +98,14 @@ def test_the_json_holds_what_its_figures_are_computed_from() -> None:
         assert run["figures"]["latency"]["p90"] == pytest.approx(np.quantile(latencies, 0.9))
         assert run["figures"]["errors"] == {"deadline": 4}
     assert [run["figures"]["deadline_met"] for run in told["runs"]] == [0.9, 0.0]
+
+
+def test_tables_fit_a_terminal() -> None:
+    text = io.StringIO()
+    Bench({}, 1.5, made()).print(Console(file=text, width=80))
+    assert "…" not in text.getvalue()
+    for words in ("closed loop, 2 at once, 4.0 s", "36 of 40 requests done; 4 deadline", "90.0% within the deadline"):
+        assert words in text.getvalue()
 
 
 @pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".SVG", b"<?xml")])
