@@ -21,6 +21,7 @@ __all__ = ["FILM_SUFFIXES", "check_encoder", "check_one_size", "film", "frame_co
 
 FILM_SUFFIXES: Final = (".gif", ".mp4")
 _CODEC: Final = "libx264"
+_BT709: Final = 1  # its number in ITU-T H.273, of primaries as of the transfer function
 _CRF: Final = "18"  # of 0 to 51, less is better; hardly to be told from the pictures
 _GIF_TICK: Final = 0.01  # seconds; a GIF's durations are whole numbers of it
 
@@ -72,7 +73,7 @@ def _mp4(frames: Sequence[_Frame], counts: Sequence[int], fps: int) -> bytes:
     """
     with extra("tools"):
         import av
-        from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+        from av.video.reformatter import ColorRange, Colorspace
 
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -81,7 +82,7 @@ def _mp4(frames: Sequence[_Frame], counts: Sequence[int], fps: int) -> bytes:
         stream.height, stream.width, _ = _even(frames[0]).shape
         context = stream.codec_context
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        context.color_primaries = context.color_trc = _BT709
         time = 0
         for frame, count in zip(frames, counts, strict=True):
             shown = av.VideoFrame.from_ndarray(_even(frame), format="rgb24").reformat(

@@ -9,7 +9,7 @@ import imageio.v3 as iio
 import numpy as np
 import PIL.Image
 import pytest
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorRange, Colorspace
 
 from diffuserve_client import InvalidArgumentError
 from diffuserve_client._studio.film import film, frame_counts
@@ -62,7 +62,7 @@ def test_an_mp4_says_what_its_colours_are() -> None:
     with av.open(io.BytesIO(film(pictures(), [1] * 3, ".mp4", 10)), "r") as container:
         frame = next(container.decode(video=0))
         told = (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc)
-        assert told == (Colorspace.ITU709, ColorRange.MPEG, ColorPrimaries.BT709, ColorTrc.BT709)
+        assert told == (Colorspace.ITU709, ColorRange.MPEG, 1, 1), "1 is BT.709's number"
         # ITU-R BT.709: luma's weights of red, green and blue, then 219 steps from 16
         luma = 16 + 219 / 255 * (np.array([0.2126, 0.7152, 0.0722]) @ COLOURS[0])
         assert frame.to_ndarray()[10, 10] == pytest.approx(luma, abs=2)
