@@ -46,7 +46,7 @@ test: $(INSTALLED) ## All tests but the long ones, real Triton included [WORKERS
 	$(PYTHON) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not alone" --ignore tests/acceptance
 	$(PYTHON) -m pytest -m alone tests/integration
 
-accept-client: $(INSTALLED) ## The client: 500 requests to a server that is killed twice, hand-over, TLS [ONLY=killed]
+accept-client: $(INSTALLED) ## The client: 500 requests to a server that is killed twice, hand-over, TLS, the page of compare in Chromium [ONLY=killed WRITE_DOCS=1]
 	$(PYTHON) -m pytest -s --timeout 3600 $(if $(ONLY),-k "$(ONLY)") tests/acceptance/test_client_*.py
 
 accept-engine: $(INSTALLED) ## The step engine's long checks: 10,000 requests that fail and cancel, 200 random mixes

@@ -22,11 +22,12 @@ from unit.client.studio.wang import ssim_of_wang
 
 RED_CIRCLE = Scene("large", "red", "circle", "blue")
 WHITE_DIAMOND = Scene("small", "white", "diamond", "purple")
+# The edges of these keep two colours where H.264 halves the resolution of colour, at 64 pixels.
 STORY = [
     RED_CIRCLE,
     Scene("small", "green", "ring", "white"),
     WHITE_DIAMOND,
-    Scene("small", "purple", "square", "white"),
+    Scene("large", "red", "square", "blue"),
 ]
 DURATIONS = [0.5, 0.8, 0.3, 1.2]
 

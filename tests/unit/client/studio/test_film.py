@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 
+import av
 import imageio.v3 as iio
 import numpy as np
 import PIL.Image
 import pytest
+from av.video.reformatter import ColorRange, Colorspace
 
 from diffuserve_client import InvalidArgumentError
 from diffuserve_client._studio.film import film, frame_counts
@@ -51,8 +53,19 @@ def test_an_mp4_has_each_pictures_frames(size: tuple[int, int]) -> None:
     meta = iio.immeta(data, plugin="pyav")
     assert frames.shape == (5 + 10 + 1, size[1] + size[1] % 2, size[0] + size[0] % 2, 3)
     assert (meta["fps"], meta["codec"]) == (10, "h264")
-    for place, colour in zip([*[0] * 5, *[1] * 10, 2], frames, strict=True):
-        assert np.abs(colour[10, 10].astype(int) - COLOURS[place]).max() <= 6
+    for place, frame in zip([*[0] * 5, *[1] * 10, 2], frames, strict=True):
+        assert np.abs(frame[10, 10].astype(int) - COLOURS[place]).max() <= 3
+
+
+def test_an_mp4_says_what_its_colours_are() -> None:
+    """Otherwise players guess by the height, and show other reds."""
+    with av.open(io.BytesIO(film(pictures(), [1] * 3, ".mp4", 10)), "r") as container:
+        frame = next(container.decode(video=0))
+        told = (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc)
+        assert told == (Colorspace.ITU709, ColorRange.MPEG, 1, 1), "1 is BT.709's number"
+        # ITU-R BT.709: luma's weights of red, green and blue, then 219 steps from 16
+        luma = 16 + 219 / 255 * (np.array([0.2126, 0.7152, 0.0722]) @ COLOURS[0])
+        assert frame.to_ndarray()[10, 10] == pytest.approx(luma, abs=2)
 
 
 def test_rounding_does_not_add_up() -> None:
