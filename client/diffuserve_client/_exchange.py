@@ -59,6 +59,7 @@ CHANNEL_OPTIONS: Final = (
 
 _DATATYPES: Final = {spec.name: spec.datatype for spec in INPUTS}
 _TLS_FAILED: Final = re.compile(r"SSL|TSI_|\bTls\b|verification check")
+_STATUS_LOST: Final = "Internal error from Core"
 _UNKNOWN_MODEL: Final = "Request for unknown model"
 _CREDENTIALS_REFUSED: Final = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
@@ -149,7 +150,8 @@ class Exchange:
         details = details or code.name
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return _deadline(self._timeout, self._url, self._progress())
-        if code is grpc.StatusCode.UNAVAILABLE:
+        # Of a call that a server ends while it is being sent, grpc.aio loses at times the status, and says this instead.
+        if code is grpc.StatusCode.UNAVAILABLE or details == _STATUS_LOST:
             return ConnectionFailedError(
                 f"the connection to {self._url} was lost, {self._progress()} ({_cause(details)}); send it again when "
                 "the server is back",
