@@ -150,7 +150,7 @@ class Exchange:
         details = details or code.name
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return _deadline(self._timeout, self._url, self._progress())
-        # Of a call that a server ends while it is being sent, grpc.aio loses at times the status, and says this instead.
+        # Of a call that a server ends while it is sent, grpc.aio loses the status at times, and says this instead.
         if code is grpc.StatusCode.UNAVAILABLE or details == _STATUS_LOST:
             return ConnectionFailedError(
                 f"the connection to {self._url} was lost, {self._progress()} ({_cause(details)}); send it again when "
