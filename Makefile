@@ -20,7 +20,7 @@ WORKERS ?= 2
 export PYTHONPATH := checkpoints
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test accept-client accept-engine accept-families accept-requests accept-sharing accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-lora bench-simulate simulate clean
+.PHONY: help install demo test accept-client accept-engine accept-families accept-requests accept-sharing accept-tensorrt check format export serve gpu-check bench-serving bench-engine bench-attention bench-lora bench-control bench-simulate simulate clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -124,6 +124,9 @@ bench-attention: $(INSTALLED) ## Attention as one ONNX node and as many, for eac
 
 bench-lora: $(INSTALLED) ## What LoRA adapters as an input cost in ONNX Runtime [WRITE_DOCS=1]
 	$(PYTHON) bench/lora.py $(if $(WRITE_DOCS),--write-docs)
+
+bench-control: $(INSTALLED) ## What a ControlNet that is built in costs in ONNX Runtime [WRITE_DOCS=1]
+	$(PYTHON) bench/control.py $(if $(WRITE_DOCS),--write-docs)
 
 bench-simulate: $(INSTALLED) ## The real server at three loads beside the simulated one [WRITE_DOCS=1]
 	$(PYTHON) -m diffuserve_export --checkpoint checkpoints/shapes --target onnxruntime-cpu --out build/deployments/shapes

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from diffuserve.errors import ComponentFailedError
 from diffuserve.manifest import Deployment
 from diffuserve.residency import Limits
 from diffuserve.server import ServerOptions, TritonServer
@@ -161,3 +162,36 @@ def test_a_day_of_traffic_with_room_for_two(several: Deployment, tmp_path: Path)
     assert samples > 100
     assert most <= budget
     assert loads <= 20 * (seconds / 60 + 1)
+
+
+def test_loads_that_fail_do_no_harm_to_the_rest(deployment: Path, tmp_path: Path) -> None:
+    """Eight of them, while other checkpoints come and go: when they were not asked for over HTTP, the third ended it."""
+    folder = tmp_path / "spoiled"
+    several = several_checkpoints(deployment, folder, spoiled="spoiled")
+    models = models_of(several)
+    sharing = SharingOptions(
+        Limits(budget=sum({**models["a"], **models["b"]}.values()), idle=4.0, stay=0.3, loads=1000)
+    )
+    expected = dict(zip(NAMES, pictures(several, [asked(name) for name in NAMES]), strict=True))
+    over, right = threading.Event(), list[bool]()
+
+    def traffic(client: Client, rng: random.Random) -> None:
+        while not over.is_set():
+            name = rng.choice(NAMES)
+            right.append(are_alike(client.generate(asked(name)).images[0].data, expected[name]))
+
+    with serving(several, tmp_path, sharing) as (_, client, _), ThreadPoolExecutor(4) as pool:
+        others = [pool.submit(traffic, client, random.Random(seed)) for seed in range(4)]
+        try:
+            for _ in range(8):
+                with pytest.raises(ComponentFailedError, match=r"spoiled cannot be loaded: .*cannot load model\.onnx"):
+                    client.generate(asked("spoiled"))
+                # For a moment after a load that failed, nothing is tried.
+                assert not over.wait(sharing.limits.retry + 0.1)
+        finally:
+            over.set()
+        for one in others:
+            one.result()
+    assert right
+    assert all(right)
+    print(f"8 loads failed, {len(right)} pictures beside them were right")  # noqa: T201
