@@ -165,7 +165,7 @@ def test_a_day_of_traffic_with_room_for_two(several: Deployment, tmp_path: Path)
 
 
 def test_loads_that_fail_do_no_harm_to_the_rest(deployment: Path, tmp_path: Path) -> None:
-    """Eight of them, while other checkpoints come and go: when not asked for over HTTP, the third ended the server."""
+    """Eight of them, while other checkpoints come and go. Not asked for over HTTP, the third ended the server."""
     folder = tmp_path / "spoiled"
     several = several_checkpoints(deployment, folder, spoiled="spoiled")
     models = models_of(several)
