@@ -29,16 +29,12 @@ from diffuserve_client._exchange import Exchange
 
 SOON = 10.0  # seconds for a short request of high priority, whatever else goes on
 PATIENT = Timeout(total=280, connect=30)
-#: glibc keeps what was freed in many arenas, and more of it with each crowd, which would look like a leak.
-GIVING_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": "1000000"}
 
 
 @pytest.fixture(scope="module")
 def crowded(deployment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     log = tmp_path_factory.mktemp("crowded") / "log"
-    options = ServerOptions(
-        deployment=deployment, http_port=0, grpc_port=0, metrics_port=0, log_file=log, environment=GIVING_BACK
-    )
+    options = ServerOptions(deployment=deployment, http_port=0, grpc_port=0, metrics_port=0, log_file=log)
     with TritonServer(options) as server:
         server.wait_ready()
         with Client(server.grpc_url, timeout=PATIENT, retry=Retry(retries=0)) as client:

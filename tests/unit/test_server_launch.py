@@ -82,11 +82,14 @@ def test_the_environment_leads_the_stubs_to_this_interpreter() -> None:
         "DIFFUSERVE_DEPLOYMENT": "/deployment",
         "DIFFUSERVE_EMBEDDINGS": "/embeddings",
         "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "4194304",
-        "MALLOC_TRIM_THRESHOLD_": "67108864",
+        "MALLOC_TRIM_THRESHOLD_": "1000000",
     }
     installed = server_environment(Triton(Path("/tritonserver"), None), options, Path("/deployment"), {})
     assert "LD_LIBRARY_PATH" not in installed
+    chosen = server_environment(EMBEDDED, options, Path("/deployment"), {"MALLOC_ARENA_MAX": "8"})
+    assert (chosen["MALLOC_ARENA_MAX"], chosen["MALLOC_TRIM_THRESHOLD_"]) == ("8", "1000000")
 
 
 @pytest.fixture

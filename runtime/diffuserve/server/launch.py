@@ -27,8 +27,9 @@ __all__ = ["Launch", "command_line", "prepare", "server_environment"]
 
 
 #: glibc raises its threshold for memory that goes back to the system with what is freed, up to 32 MiB: pictures that
-#: requests came with would then be kept in pieces, and a server's memory grow with every wave of them.
-_ALLOCATOR: Final = {"MALLOC_MMAP_THRESHOLD_": 4 << 20, "MALLOC_TRIM_THRESHOLD_": 64 << 20}
+#: requests came with would then be kept in pieces, and a server's memory grow with every wave of them. It does so too
+#: where each thread has an arena of its own, of which only the end is given back.
+_ALLOCATOR: Final = {"MALLOC_ARENA_MAX": 1, "MALLOC_MMAP_THRESHOLD_": 4 << 20, "MALLOC_TRIM_THRESHOLD_": 1_000_000}
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def server_environment(
     if triton.library_folder:
         folders = (str(triton.library_folder), inherited.get("LD_LIBRARY_PATH", ""))
         environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, folders))
-    for name, size in _ALLOCATOR.items():
-        environment.setdefault(name, str(size))
+    for name, value in _ALLOCATOR.items():
+        environment.setdefault(name, str(value))
     environment["DIFFUSERVE_DEPLOYMENT"] = str(deployment)
     if options.embeddings is not None:
         environment["DIFFUSERVE_EMBEDDINGS"] = str(options.embeddings.absolute())
