@@ -17,6 +17,7 @@ The synchronous and the asynchronous client are two ways to run this loop.
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
 from collections.abc import Callable
@@ -101,21 +102,27 @@ class Delivery:
             self._deadline = self._clock() + self._timeout.total
         return self._deadline - self._clock()
 
+    @property
+    def _useful(self) -> float:
+        """As `left`, but until the request's own deadline, which servers keep: it too counts from the first try."""
+        due = self.request.deadline_ms / 1000 or math.inf
+        return min(self.left, self.left - self._timeout.total + due)
+
     def wait(self) -> float:
         """Seconds to wait before the next try. Raises the last error where they are more than are left."""
         if not self._retry.retries:
             return 0.0
         wait = self._endpoints.wait()
         if self._last_error is None:
-            return wait if wait < self.left else 0.0  # then an error is told soon, rather than late and by the clock
+            return wait if wait < self._useful else 0.0  # then an error is told soon, rather than late and by the clock
         wait *= 1 + _LATER_BY_CHANCE * random.random()
-        if wait >= self.left:
+        if wait >= self._useful:
             raise self._final(self._last_error)
         return wait
 
     def attempt(self) -> Attempt:
         """The next try, now. Raises DeadlineError where no time is left."""
-        if self.left <= 0:
+        if self._useful <= 0:
             if self._last_error is not None:
                 raise self._final(self._last_error)
             raise DeadlineError(
@@ -123,6 +130,9 @@ class Delivery:
                 timeout=self._timeout.total,
             )
         request = self._request()
+        if request.deadline_ms:
+            elapsed = max(0.0, self._timeout.total - self.left)
+            request = replace(request, deadline_ms=max(1, request.deadline_ms - int(1000 * elapsed)))
         self._counted = request.num_images
         self._endpoint = self._endpoints.take(self._counted)
         exchange = Exchange(

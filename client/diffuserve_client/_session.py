@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 import uuid
@@ -66,13 +67,16 @@ class Session:
 
 
 class Collector:
-    """Makes a result of a request's events, and calls who wants to hear of them."""
+    """Makes a result of a request's events, and calls who wants to hear of them. Raises TypeError."""
 
     def __init__(
         self,
         on_progress: Callable[[Event], None] | None = None,
         on_preview: Callable[[PictureEvent], None] | None = None,
     ) -> None:
+        for given in (on_progress, on_preview):
+            if inspect.iscoroutinefunction(given):  # which would be called, and never run
+                raise TypeError(f"{given.__name__} is a coroutine function; give a plain one, or use `stream`")
         self._on_progress = on_progress
         self._on_preview = on_preview
         self._images: list[Event] = []

@@ -320,6 +320,19 @@ def test_the_time_is_that_of_all_tries() -> None:
         late.attempt()
 
 
+def test_a_requests_deadline_is_that_of_all_tries() -> None:
+    service = Service(retry=Retry(first=2, most=2))
+    delivery = service.delivery(GenerateRequest(prompt="a", seed=5, deadline_ms=5000))
+    assert sent(service.begin(delivery)).deadline_ms == 5000
+    delivery.failed(lost())
+    began = service.clock.now
+    assert sent(service.begin(delivery)).deadline_ms == pytest.approx(5000 - 1000 * (service.clock.now - began), abs=1)
+    service.clock.now = began + 4
+    delivery.failed(lost())
+    with pytest.raises(ConnectionFailedError, match=r"lost \(tried 2 times\)"):
+        delivery.wait()
+
+
 def test_progress_that_was_only_asked_for_the_load_is_not_delivered() -> None:
     service = Service("a:1", "b:1")
     queued = Event(kind="queued", info={"eta_ms": 1500, "images": 9})

@@ -1,4 +1,4 @@
-"""What only AsyncClient can get wrong: whose cancellation it was."""
+"""What only AsyncClient can get wrong: whose cancellation it was, and what is never awaited."""
 
 from __future__ import annotations
 
@@ -84,4 +84,17 @@ def test_a_result_whose_stream_does_not_end_is_no_cancelled_task(fake: FakeTrito
     fake.script = finish
     hasty = Timeout(connect=0.2)
     object.__setattr__(hasty, "stall", 0.2)  # below what a server can be asked for
+    asyncio.run(main())
+
+
+def test_a_coroutine_function_that_would_never_run_is_refused(fake: FakeTriton) -> None:
+    async def hear(_: Any) -> None: ...
+
+    without_types: Any = hear
+
+    async def main() -> None:
+        async with AsyncClient(fake.url) as client:
+            with pytest.raises(TypeError, match="hear is a coroutine function"):
+                await client.generate("a", on_progress=without_types)
+
     asyncio.run(main())
