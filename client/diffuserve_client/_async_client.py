@@ -99,8 +99,15 @@ class AsyncClient:
         request = GenerateRequest(prompt="", resume=snapshot, **parameters)
         return await self.generate(request, on_progress=on_progress, on_preview=on_preview, request_id=request_id)
 
-    def stream(self, request: GenerateRequest, *, request_id: str | None = None) -> AsyncGenerator[Event, None]:
+    def stream(
+        self,
+        prompt: str | GenerateRequest,
+        *,
+        request_id: str | None = None,
+        **parameters: Unpack[GenerateParameters],
+    ) -> AsyncGenerator[Event, None]:
         """As Client.stream; use `contextlib.aclosing` around a loop that may be left early."""
+        request = request_from(prompt, parameters, wants_progress=False)
         return self._run(request, request_id).events()
 
     @overload

@@ -131,15 +131,23 @@ class Client:
         request = GenerateRequest(prompt="", resume=snapshot, **parameters)
         return self.generate(request, on_progress=on_progress, on_preview=on_preview, request_id=request_id)
 
-    def stream(self, request: GenerateRequest, *, request_id: str | None = None) -> Generator[Event, None, None]:
+    def stream(
+        self,
+        prompt: str | GenerateRequest,
+        *,
+        request_id: str | None = None,
+        **parameters: Unpack[GenerateParameters],
+    ) -> Generator[Event, None, None]:
         """Every event of a request as it comes, each of its kind's class: QueuedEvent, ProgressEvent, PreviewEvent,
         ImageEvent, SnapshotEvent.
 
+        The request is given as to `generate`; `progress_every` and `preview_every` say which events it wants.
         Each image comes once, however often the request is tried. It is sent when the first event is asked for.
         Closing the iterator cancels it on the server; use `contextlib.closing` around a loop that may be left early.
 
         Raises what `generate` raises.
         """
+        request = request_from(prompt, parameters, wants_progress=False)
         return self._run(request, request_id).events()
 
     @overload

@@ -244,6 +244,8 @@ class Delivery:
             return False
         self._endpoints.failed(endpoint)
         self._failures += 1
+        if "tls" in error.detail and len(self._endpoints) == 1:
+            return False  # which time does not mend
         return self._failures < (self._retry.retries + 1) * len(self._endpoints)
 
     def _final(self, error: DiffuserveError) -> DiffuserveError:

@@ -284,7 +284,7 @@ def _no_tls(url: str, reason: str) -> DiffuserveError:
     else:
         remedy = "correct tls: ca must be the authority that signed the server's certificate, and the certificate's "
         remedy += "name the address's, or server_name"
-    return ConnectionFailedError(f"TLS with the server at {url} failed ({reason}); {remedy}", url=url)
+    return ConnectionFailedError(f"TLS with the server at {url} failed ({reason}); {remedy}", url=url, tls=True)
 
 
 def _deadline(timeout: Timeout, url: str, progress: str) -> DeadlineError:

@@ -51,4 +51,6 @@ def errors_as_exit_codes() -> Iterator[None]:
 
 
 def complain(message: str) -> None:
-    typer.echo(f"diffuserve: {' '.join(message.split())}", err=True)
+    # A server's words may hold what a terminal obeys.
+    shown = "".join(one if one.isprintable() else "?" for one in " ".join(message.split()))
+    typer.echo(f"diffuserve: {shown}", err=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
+from diffuserve_client._events import decoded
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -104,11 +105,8 @@ class Screen:
 
     def draw(self, index: int, data: bytes) -> None:
         """Raises nothing: what cannot be decoded, or does not fit beside the others, is left out."""
-        import PIL.Image
-
         try:
-            with PIL.Image.open(io.BytesIO(data)) as opened:
-                image = opened.convert("RGB")
+            image = decoded(data).convert("RGB")
         except (OSError, ValueError):
             return
         rows = self._rows or min(_MOST_ROWS, self._console.height - _KEPT_ROWS)

@@ -23,6 +23,7 @@ DEFAULT_PROMPTS: Final = (
 )
 _UNGUIDED: Final = 1.0
 _MOST_SEED: Final = 2**32
+_MOST_BYTES: Final = 16 * 2**20
 _YAML: Final = (".yaml", ".yml")
 
 
@@ -97,8 +98,12 @@ class Mix:
     def _made(fields: Mapping[str, Any]) -> GenerateRequest:
         try:
             return GenerateRequest(**fields)
-        except TypeError as error:  # of a value of another type than the field's
-            raise InvalidArgumentError(f"{fields} is no request: {error}; correct it", input="prompts") from error
+        except (TypeError, AttributeError) as error:  # of a value of another type than the field's
+            # Not the fields themselves: of a few aliases YAML makes gigabytes of text.
+            raise InvalidArgumentError(
+                f"a request with {', '.join(sorted(fields))} cannot be made: {error}; correct it",
+                input="prompts",
+            ) from error
 
     def described(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -112,10 +117,14 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     UnsupportedError where YAML is not installed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InvalidArgumentError(f"cannot read {path}: {reason}; give a file of prompts", input="prompts") from error
+    if len(content) > _MOST_BYTES:
+        raise InvalidArgumentError(f"{path} has more than {_MOST_BYTES} bytes; shorten it", input="prompts")
     if path.suffix.lower() in _YAML:
         values = _yaml(path, text)
     else:
@@ -130,7 +139,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 def _json(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgumentError(f"{path}, line {number} is no JSON: {error}; correct it", input="prompts") from error
 
 
@@ -139,7 +148,7 @@ def _yaml(path: Path, text: str) -> list[Any]:
         import yaml
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InvalidArgumentError(f"{path} is no YAML: {error}; correct it", input="prompts") from error
     if not isinstance(values, list):
         raise InvalidArgumentError(f"{path} holds {type(values).__name__}, and must be a list", input="prompts")
@@ -150,7 +159,7 @@ def _prompt(path: Path, number: int, value: Any) -> dict[str, Any]:
     given = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise InvalidArgumentError(
-            f"{path}, prompt {number} is {str(value)[:64]!r}, and must be a text, or a mapping with a prompt",
+            f"{path}, prompt {number} is a {type(value).__name__}, and must be a text, or a mapping with a prompt",
             input="prompts",
         )
     known = GenerateRequest(prompt="").parameters()

@@ -275,6 +275,11 @@ def test_the_servers_error_is_one_line(fake: FakeTriton, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_terminal_would_obey_is_not_passed_on(fake: FakeTriton) -> None:
+    fake.script = lambda *_: iter([failure(InvalidArgumentError("no \x1b]0;title\x07 such sampler"))])
+    assert complaint(run("generate", "a", url=fake.url)) == "no ?]0;title? such sampler"
+
+
 def test_the_deadline_is_4(fake: FakeTriton) -> None:
     fake.script = silence
     result = run("generate", "a", "--timeout", "0.3", url=fake.url)

@@ -133,6 +133,19 @@ def test_with_no_retries_every_failure_is_raised_at_once(error: DiffuserveError)
     assert service.delivery().wait() == 0, "the next request asks at once, though the server is known to have failed"
 
 
+def test_tls_that_fails_is_not_tried_again_unless_elsewhere() -> None:
+    service = Service()
+    delivery = service.delivery()
+    service.begin(delivery)
+    with pytest.raises(ConnectionFailedError, match=r"^no TLS$"):
+        delivery.failed(ConnectionFailedError("no TLS", tls=True))
+    service = Service("a:1", "b:1")
+    delivery = service.delivery()
+    first = service.begin(delivery)
+    delivery.failed(ConnectionFailedError("no TLS", tls=True))
+    assert service.begin(delivery).url != first.url
+
+
 def test_a_failed_engine_is_tried_once_more() -> None:
     service = Service()
     delivery = service.delivery()

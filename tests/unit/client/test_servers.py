@@ -274,6 +274,8 @@ def test_tls_on_one_side_only_is_told(client_class: Any, authority: trustme.CA, 
 def test_credentials_that_cannot_be_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"a token would go to gpu-1:8001 in clear text; give tls"):
         Client(["localhost:8001", "gpu-1:8001"], token="secret")
+    with pytest.raises(InvalidArgumentError, match=r"in clear text"):
+        Client("gpu-1:8001", headers={"Authorization": "Bearer secret"})
     for url in ("localhost:1", "127.0.0.1:1", "[::1]:1"):
         Client(url, token="secret").close()
     odd: Any = {"a": b"b"}

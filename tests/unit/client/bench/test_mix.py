@@ -133,6 +133,10 @@ def test_prompts_from_files(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": "a", "stepps": 4}\n', "prompt 1 has 'stepps', and may have prompt, "),
         ("a.yaml", b"prompt: a\n", "holds dict, and must be a list"),
         ("a.yaml", b"- [a\n", "is no YAML"),
+        ("a.yaml", b"- 2024-13-45\n", "is no YAML"),
+        ("a.yaml", b"[" * 5000, "is no YAML"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
+        ("a.txt", b"a" * (16 * 2**20 + 1), "has more than 16777216 bytes"),
     ],
 )
 def test_files_that_are_none_say_where(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
