@@ -22,6 +22,8 @@ __all__ = ["DEFAULT_URL", "Collector", "Session"]
 
 DEFAULT_URL: Final = "localhost:8001"
 _WEB_ADDRESS: Final = re.compile(r"(?:https?|grpcs?)://")
+_PORT: Final = re.compile(r"[^:]:([0-9]{1,5})\Z")
+_LAST_PORT: Final = 65535
 _MOST_ID_BYTES: Final = 256
 
 
@@ -112,9 +114,17 @@ def _check_id(request_id: str) -> None:
         )
 
 
+def _is_address(url: str) -> bool:
+    """Whether it names host and port, or a Unix socket. gRPC would take port 443, or the port modulo 65536."""
+    if url.startswith(("unix:", "unix-abstract:")):
+        return True
+    port = _PORT.search(url)
+    return port is not None and not _WEB_ADDRESS.match(url) and 0 < int(port[1]) <= _LAST_PORT
+
+
 def _checked(urls: tuple[str, ...]) -> tuple[str, ...]:
     for url in urls:
-        if not url or _WEB_ADDRESS.match(url):
+        if not _is_address(url):
             raise InvalidArgumentError(
                 f"the address is {url!r}, and must be host:port of the server's gRPC port, such as {DEFAULT_URL}",
                 input="url",

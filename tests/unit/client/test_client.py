@@ -240,10 +240,18 @@ def test_timeouts_are_finite(value: float) -> None:
         Timeout(connect=value)
 
 
-@pytest.mark.parametrize("url", ["", "http://localhost:8001", "https://a:1", "grpc://a:1"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "http://a:8001", "https://a:1", "grpc://a:1", "localhost", "a:", ":8001", "::1", "a:0", "a:99999"],
+)
 def test_an_address_is_host_and_port(url: str) -> None:
     with pytest.raises(InvalidArgumentError, match="must be host:port"):
         Client(url)
+
+
+@pytest.mark.parametrize("url", ["a:1", "127.0.0.1:65535", "[::1]:8001", "dns:///a:8001", "unix:/run/triton.sock"])
+def test_other_addresses_are_taken(url: str) -> None:
+    Client(url).close()
 
 
 def test_a_closed_client_says_so(client_class: Any, fake: FakeTriton) -> None:
