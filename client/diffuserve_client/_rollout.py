@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -127,6 +127,7 @@ def status(
 ) -> None:
     """Show what is decided; with --server, what that server makes of it."""
     with errors_as_exit_codes():
+        _checkpoints(deployment)  # a mistyped folder is no deployment without a rollout
         table, digest = _table(deployment)
         _print(table, digest, None if server is None else _ask(server), as_json)
 
@@ -152,18 +153,23 @@ def _write(
     following: Following,
 ) -> None:
     """Change the table, show it, and wait until the server follows."""
-    from diffuserve.manifest import Deployment
     from diffuserve.rollout import change_table
 
-    try:
-        checkpoints = Deployment.load(deployment).checkpoints
-    except (OSError, ValueError, AttributeError) as error:
-        raise InvalidArgumentError(f"{deployment} is no deployment: {error}") from error
-    change_table(deployment, checkpoints, change)
+    change_table(deployment, _checkpoints(deployment), change)
     table, digest = _table(deployment)
     server = following.server
     told = None if server is None else _followed(server, digest, time.monotonic() + following.timeout)
     _print(table, digest, told, following.as_json)
+
+
+def _checkpoints(deployment: Path) -> Sequence[str]:
+    """Those that it holds. Raises InvalidArgumentError where it is no deployment."""
+    from diffuserve.manifest import Deployment
+
+    try:
+        return Deployment.load(deployment).checkpoints
+    except (OSError, ValueError, AttributeError) as error:
+        raise InvalidArgumentError(f"{deployment} is no deployment: {error}") from error
 
 
 def _print(table: RolloutTable, digest: str, server: dict[str, Any] | None, as_json: bool) -> None:

@@ -134,3 +134,9 @@ def test_no_server_there(deployment: Path) -> None:
     result = run("status", deployment, "--server", "http://127.0.0.1:9")
     assert result.exit_code == 3
     assert "no diffuserve server answers at http://127.0.0.1:9" in result.stderr
+
+
+def test_the_status_of_a_folder_that_is_no_deployment(tmp_path: Path) -> None:
+    result = run("status", tmp_path / "mistyped")
+    assert result.exit_code == 2
+    assert "mistyped is no deployment" in result.stderr
