@@ -46,12 +46,12 @@ def models(*, connection: ConnectionOptions, as_json: AsJson = False) -> None:
 
 
 def _table(status: Mapping[str, Any]) -> Any:
-    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("checkpoint", "state", box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("GB", "last use", "weight", "requests", "waiting", "loads", "last load"):
+    # Columns are close together, so that what is usual fits into 80 characters.
+    table = Table("checkpoint", "state", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for title in ("GB", "last use", "weight", "active", "waiting", "loads", "load"):
         table.add_column(title, justify="right")
     for name, one in status["checkpoints"].items():
         numbers = (one["weight"], one["requests"], one["waiting"], one["loads"])

@@ -116,7 +116,7 @@ def _check_id(request_id: str) -> None:
 
 def _is_address(url: str) -> bool:
     """Whether it names host and port, or a Unix socket. gRPC would take port 443, or the port modulo 65536."""
-    if url.startswith("unix:"):
+    if url.startswith(("unix:", "unix-abstract:")):
         return True
     port = _PORT.search(url)
     return port is not None and not _WEB_ADDRESS.match(url) and 0 < int(port[1]) <= _LAST_PORT

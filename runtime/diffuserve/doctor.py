@@ -138,7 +138,7 @@ def _targets(machine: Machine) -> Finding:
 def _triton_finding(machine: Machine) -> Finding:
     if machine.triton is None:
         return Finding(
-            Level.NOTE, "Triton", "not installed: `make serve` fetches one for the CPU, for development only"
+            Level.NOTE, "Triton", "not in /opt/tritonserver: `make serve` has one for the CPU, for development only"
         )
     return Finding(Level.OK, "Triton", machine.triton)
 

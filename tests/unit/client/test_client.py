@@ -249,7 +249,7 @@ def test_timeouts_are_finite(value: float) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["", "http://localhost:8001", "https://a:1", "grpc://a:1", "localhost", "a:", ":8001", "::1", "a:0", "a:65536"],
+    ["", "http://a:8001", "https://a:1", "grpc://a:1", "localhost", "a:", ":8001", "::1", "a:0", "a:99999"],
 )
 def test_an_address_is_host_and_port(url: str) -> None:
     with pytest.raises(InvalidArgumentError, match="must be host:port"):

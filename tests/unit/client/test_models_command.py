@@ -96,6 +96,25 @@ def test_models_are_listed_as_a_table_and_as_json(fake: FakeTriton) -> None:
     ]
 
 
+def test_the_table_of_models_fits_into_80_characters(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    fake.script = telling(checkpoints={"sdxl-turbo": {**CHECKPOINTS["sd15"], "pinned": False}})
+    titles, row, *_ = run("models", "--url", fake.url).stdout.splitlines()
+    assert titles.split() == [
+        "checkpoint",
+        "state",
+        "GB",
+        "last",
+        "use",
+        "weight",
+        "active",
+        "waiting",
+        "loads",
+        "load",
+    ]
+    assert row.split() == ["sdxl-turbo", "resident", "2.50", "3", "s", "ago", "2", "2", "0", "4", "1.5", "s"]
+
+
 def test_models_of_a_server_that_is_not_there_is_an_error_in_one_line() -> None:
     result = run("models", "--url", "localhost:1")
     assert result.exit_code == 3
