@@ -17,6 +17,7 @@ The synchronous and the asynchronous client are two ways to run this loop.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import secrets
@@ -44,6 +45,8 @@ from diffuserve_client._retry import Retry
 from diffuserve_client._timeout import Timeout
 
 __all__ = ["Attempt", "Delivery"]
+
+_log: Final = logging.getLogger("diffuserve_client")
 
 _SEED_BOUND: Final = 2**32  # as the server draws them: short enough to be typed
 _LATER_BY_CHANCE: Final = 0.25  # of the wait, so that those who wait together do not come together
@@ -118,6 +121,8 @@ class Delivery:
         wait *= 1 + _LATER_BY_CHANCE * random.random()
         if wait >= self._useful:
             raise self._final(self._last_error)
+        # Once for each try, with the words of the error that it is to mend.
+        _log.info("%s; trying again%s", self._last_error.message, f" in {wait:.1f} s" if wait else "")
         return wait
 
     def attempt(self) -> Attempt:

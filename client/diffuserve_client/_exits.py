@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -17,7 +19,7 @@ from diffuserve.errors import (
 )
 from diffuserve_client._errors import ConnectionFailedError
 
-__all__ = ["EXIT_CODES_HELP", "EXIT_INTERRUPTED", "complain", "errors_as_exit_codes", "exit_code"]
+__all__ = ["EXIT_CODES_HELP", "EXIT_INTERRUPTED", "complain", "errors_as_exit_codes", "exit_code", "tell_of_retries"]
 
 EXIT_CODES_HELP: Final = (
     "Exit codes: 0 done; 1 any other failure; 2 a bad value or usage, or something that the server does not have; "
@@ -54,3 +56,24 @@ def complain(message: str) -> None:
     # A server's words may hold what a terminal obeys.
     shown = "".join(one if one.isprintable() else "?" for one in " ".join(message.split()))
     typer.echo(f"diffuserve: {shown}", err=True)
+
+
+class _Notices(logging.Handler):
+    """Says what the library logs where somebody looks; elsewhere stderr has the error alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _is_watched():
+            complain(record.getMessage())
+
+
+def _is_watched() -> bool:
+    return sys.stderr.isatty()
+
+
+def tell_of_retries() -> None:
+    """Let a person know why nothing comes while the client tries again."""
+    log = logging.getLogger("diffuserve_client")
+    if not any(isinstance(one, _Notices) for one in log.handlers):
+        log.addHandler(_Notices())
+        log.setLevel(logging.INFO)
+        log.propagate = False

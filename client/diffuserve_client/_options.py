@@ -21,6 +21,7 @@ import typer
 
 from diffuserve_client._client import DEFAULT_URL, Client
 from diffuserve_client._config import read_config
+from diffuserve_client._exits import tell_of_retries
 from diffuserve_client._retry import Retry
 from diffuserve_client._security import Tls
 
@@ -149,6 +150,7 @@ def open_client(options: ConnectionOptions, *, timeout: float | None = None) -> 
     # gRPC's core writes lines of its own to stderr, where an error should be one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     arguments = connection_arguments(options, timeout=timeout)
+    tell_of_retries()
     with _interrupts_held_back():
         return Client(**arguments)
 

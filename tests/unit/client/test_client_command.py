@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from diffuserve_client import (
     QueueFullError,
     UnavailableError,
     UnsupportedError,
+    _exits,
     _options,
 )
 from diffuserve_client._command import app
@@ -278,6 +280,22 @@ def test_the_servers_error_is_one_line(fake: FakeTriton, tmp_path: Path) -> None
 def test_what_a_terminal_would_obey_is_not_passed_on(fake: FakeTriton) -> None:
     fake.script = lambda *_: iter([failure(InvalidArgumentError("no \x1b]0;title\x07 such sampler"))])
     assert complaint(run("generate", "a", url=fake.url)) == "no ?]0;title? such sampler"
+
+
+def test_a_person_is_told_what_is_tried_again(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [QueueFullError("the queue is full", eta_ms=1)]
+
+    def full_once(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        yield from [failure(left.pop())] if left else answer(fake, request)
+
+    fake.script = full_once
+    monkeypatch.setattr(_exits, "_is_watched", lambda: True)
+    result = run("generate", "a", url=fake.url)
+    assert result.exit_code == 0
+    assert re.search(r"^diffuserve: the queue is full; trying again in 0\.1 s$", result.stderr, re.MULTILINE)
+    left.append(QueueFullError("the queue is full", eta_ms=1))
+    monkeypatch.setattr(_exits, "_is_watched", lambda: False)
+    assert run("generate", "a", url=fake.url).stderr == ""
 
 
 def test_the_deadline_is_4(fake: FakeTriton) -> None:
