@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diffuserve.errors import UnsupportedError
 
-__all__ = ["extra"]
+__all__ = ["extra", "require"]
 
 
 @contextmanager
@@ -25,3 +26,13 @@ def extra(name: str) -> Iterator[None]:
         raise UnsupportedError(
             f"this needs {error.name}, which is not installed; pip install 'diffuserve[{name}]'", extra=name
         ) from error
+
+
+def require(name: str, *modules: str) -> None:
+    """Find out now whether what the extra `name` installs is there, where it is used only after long work.
+
+    Raises UnsupportedError as `extra` does.
+    """
+    with extra(name):
+        for module in modules:
+            importlib.import_module(module)

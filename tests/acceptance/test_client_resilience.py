@@ -130,7 +130,7 @@ def test_500_requests_outlive_a_server_that_is_killed_twice(
     for index, expected in enumerate(undisturbed):
         for picture, other in zip(pictures(results[index]), expected, strict=True):
             worst = max(worst, int(np.abs(picture - other).max()))
-    print(f"{COUNT} requests, two kills: pictures at most {worst}/255 from an undisturbed run's")  # noqa: T201
+    print(f"{COUNT} requests, two kills: pictures at most {worst}/255 from an undisturbed run's")
     assert worst <= 1
 
 
@@ -162,7 +162,7 @@ def test_what_a_draining_server_has_goes_on_at_the_other(client_class: Any, depl
             results = list(many)
             drain.join()
     resumed = [result.images[0].info.get("resumed_at_step", 0) for result in results]
-    print(f"went on elsewhere at steps {[step for step in resumed if step]}")  # noqa: T201
+    print(f"went on elsewhere at steps {[step for step in resumed if step]}")
     assert any(resumed), "the drain came too late to be seen"
     for result, expected in zip(results, whole, strict=True):
         assert np.abs(pictures(result)[0] - expected).max() <= 1

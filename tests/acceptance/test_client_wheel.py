@@ -31,7 +31,7 @@ def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str
 
 
 def say(what: str) -> None:
-    print(f"\n{what}")  # noqa: T201
+    print(f"\n{what}")
 
 
 @pytest.fixture(scope="module")

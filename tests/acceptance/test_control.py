@@ -72,7 +72,7 @@ def test_tensorrt_rtx_builds_a_unet_with_its_controlnet(engines: tuple[Path, Man
     assert (out / "models" / unet.model / "1" / ENGINE_FILE).stat().st_size == unet.engine.bytes
     config = {one.name: list(one.dims) for one in parsed_config(out / "models" / unet.model).input}
     assert (config["control"], config["control_scale"]) == ([-1, 3, -1, -1], [-1])
-    print(f"engine of {unet.engine.bytes / 1e6:.1f} MB, built in {unet.engine.build_seconds:.0f} s")  # noqa: T201
+    print(f"engine of {unet.engine.bytes / 1e6:.1f} MB, built in {unet.engine.build_seconds:.0f} s")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -141,7 +141,7 @@ def test_loras_and_controls_share_calls_on_a_real_triton(
     most = max(shapes, key=lambda shape: int(shape["sample"][0]))
     assert most["lora"][0] >= 3, "two adapters and the zeros"
     assert most["control"][0] == most["sample"][0] >= 4
-    print(f"differences {found}; the fullest call had {most['sample'][0]} rows, {most['lora'][0]} adapters")  # noqa: T201
+    print(f"differences {found}; the fullest call had {most['sample'][0]} rows, {most['lora'][0]} adapters")
 
 
 @pytest.fixture(scope="module")
@@ -182,4 +182,4 @@ def test_a_picture_is_the_same_alone_and_among_others(client_of_control: Client)
             differences.append(int(np.abs(alone - np.asarray(together[chosen]).astype(int)).max()))
             assert differences[-1] <= 1, requests[chosen]
     identical = sum(one == 0 for one in differences)
-    print(f"{identical} of {MIXES} identical, the others differ by 1/255")  # noqa: T201
+    print(f"{identical} of {MIXES} identical, the others differ by 1/255")

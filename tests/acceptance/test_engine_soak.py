@@ -104,7 +104,7 @@ def test_ten_thousand_requests_leave_nothing_behind(tmp_path: Path) -> None:
     assert not service._jobs
     second_half = memory[len(memory) // 2 :]
     assert max(second_half) <= 1.05 * min(second_half), f"{outcomes}: {[one // 2**20 for one in memory]} MiB"
-    print(f"{dict(outcomes)}; resident {[one // 2**20 for one in memory]} MiB")  # noqa: T201
+    print(f"{dict(outcomes)}; resident {[one // 2**20 for one in memory]} MiB")
 
 
 def _settle(replies: list[Counted]) -> Counter[str]:

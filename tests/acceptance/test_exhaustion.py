@@ -106,7 +106,7 @@ def test_clients_that_never_read_hold_nobody_up(crowded: TritonServer, other: Cl
             assert status(crowded)["stalled_s"] < SOON
     until_idle(crowded)
     after = own_megabytes(crowded)
-    print(f"{before} MiB before, {after} after")  # noqa: T201
+    print(f"{before} MiB before, {after} after")
     assert after["diffusion"] < before["diffusion"] + 100
 
 
@@ -132,7 +132,7 @@ def test_a_client_of_200_streams_that_dies_leaves_nothing(crowded: TritonServer,
         until_idle(crowded, 30)
         assert other.generate("a circle", steps=5).images
     after = own_megabytes(crowded)
-    print(f"{before} MiB before, {after} after")  # noqa: T201
+    print(f"{before} MiB before, {after} after")
     assert after["diffusion"] < before["diffusion"] + 100
     assert after["tritonserver"] < before["tritonserver"] + 100
 
@@ -157,7 +157,7 @@ def test_sixteen_pictures_of_the_largest_size_are_borne_again_and_again(crowded:
             assert status(crowded)["stalled_s"] < SOON
             assert all(one.result().images for one in wave)
             waves.append(own_megabytes(crowded))
-    print(f"{len(data) / 2**20:.1f} MiB a picture; MiB after each wave: {waves}")  # noqa: T201
+    print(f"{len(data) / 2**20:.1f} MiB a picture; MiB after each wave: {waves}")
     assert waves[-1]["diffusion"] < waves[1]["diffusion"] + 100
     assert waves[-1]["tritonserver"] < waves[1]["tritonserver"] + 100
 
@@ -171,7 +171,7 @@ def test_a_full_server_refuses_at_once_and_recovers(crowded: TritonServer, other
             with pytest.raises(QueueFullError, match="256 images are in the server"):
                 other.generate("one more", steps=1)
             seconds.append(time.monotonic() - began)
-    print(f"refused in {1000 * sorted(seconds)[50]:.0f} ms, {1000 * max(seconds):.0f} at most")  # noqa: T201
+    print(f"refused in {1000 * sorted(seconds)[50]:.0f} ms, {1000 * max(seconds):.0f} at most")
     until_idle(crowded, 30)
     assert other.generate("one more", steps=1).images
 
@@ -200,6 +200,6 @@ def test_a_storm_of_deadlines_that_cannot_be_met_disturbs_nobody(crowded: Triton
         ends = Counter(pool.map(ask, range(2000)))
         over.set()
         seconds = steady.result()
-    print(f"{dict(ends)}; {len(seconds)} others, {max(seconds):.2f} s at most")  # noqa: T201
+    print(f"{dict(ends)}; {len(seconds)} others, {max(seconds):.2f} s at most")
     assert set(ends) <= {"done", DeadlineError.__name__}
     until_idle(crowded)

@@ -48,7 +48,7 @@ def served(exported: Deployment, models: Models, one_thread: None) -> Served:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_is_diffusers_picture(served: Served, families: Families, case: Case) -> None:
     found = difference(served.pictures[case], expected(families, case))
-    print(f"{case}: {found}/255")  # noqa: T201
+    print(f"{case}: {found}/255")
     assert found <= 2
 
 

@@ -66,7 +66,7 @@ def test_drained_at_any_step_it_goes_on_to_the_same_picture(drained: TritonServe
             whole = client.generate(replace(request, progress_every=0))
             difference = np.abs(np.asarray(again.image).astype(int) - np.asarray(whole.image)).max()
             name = f"{request.sampler}{' with a mask' if request.mask_image else ''}"
-            print(f"{name} at step {end.step}: {difference}/255 from the whole")  # noqa: T201
+            print(f"{name} at step {end.step}: {difference}/255 from the whole")
             assert difference <= 1, (name, end.step)
 
 

@@ -38,7 +38,7 @@ def served(families: Families, one_thread: None) -> Served:
 @pytest.mark.parametrize("case", [*MASKED, *BESIDE], ids=str)
 def test_it_is_diffusers_picture(served: Served, families: Families, case: Case) -> None:
     found = difference(served.pictures[case], expected(families, case))
-    print(f"{case}: {found}/255")  # noqa: T201
+    print(f"{case}: {found}/255")
     assert found <= 2
 
 

@@ -59,4 +59,4 @@ def test_it_ends_whole(deployment: Path, s3: Any, tmp_path: Path, monkeypatch: p
         relative = path.relative_to(deployment)
         if path.name != "snapshot.key" and not any(part.startswith(".") for part in relative.parts):
             assert (out / relative).read_bytes() == path.read_bytes()
-    print(f"killed with so many blobs sent: {pushed[:-1]} of {pushed[-1]}; with so many bytes fetched: {pulled[:-1]}")  # noqa: T201
+    print(f"killed with so many blobs sent: {pushed[:-1]} of {pushed[-1]}; with so many bytes fetched: {pulled[:-1]}")

@@ -67,4 +67,4 @@ def test_a_thousand_mixes_do_not_bleed(client_of_loras: Client) -> None:
                 difference = int(np.abs(mixed - alone[number]).max())
                 assert difference <= 1, f"{requests[number]}: {difference}/255 from the same request alone"
                 worst, identical, compared = max(worst, difference), identical + (difference == 0), compared + 1
-    print(f"{MIXES} mixes, {compared} pictures: {identical} identical, the others differ by {worst}/255")  # noqa: T201
+    print(f"{MIXES} mixes, {compared} pictures: {identical} identical, the others differ by {worst}/255")

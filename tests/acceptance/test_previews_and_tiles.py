@@ -92,8 +92,8 @@ def test_previews_at_the_last_step_are_close_to_the_picture(client: Client) -> N
         for preview in previews_of(events):
             small.append(psnr(preview.image, picture.resize((8, 8), Image.Resampling.BOX)))
             large.append(psnr(preview.image.resize((64, 64), Image.Resampling.BILINEAR), picture))
-    print(told("\npreview against the picture of its size", small))  # noqa: T201
-    print(told("preview enlarged against the picture", large))  # noqa: T201
+    print(told("\npreview against the picture of its size", small))
+    print(told("preview enlarged against the picture", large))
     assert len(small) >= 2 * len(SCENES), "half of them came in time"
     assert np.mean(small) > 22
     assert np.mean(large) > 19
@@ -124,7 +124,7 @@ def test_tiles_against_one_piece(shapes: Checkpoint, pipeline: Any, side: int, l
             together.append(seams(decoded[0], tiles, axis))
             apart.append(seams(decoded[1], tiles, axis))
     every = np.stack(differences)
-    print(  # noqa: T201
+    print(
         f"\n{side} x {side} in tiles of {longest}: mean {every.mean():.2f}/255, 99.9 % within "
         f"{np.quantile(every, 0.999):.0f}, largest {every.max():.0f}; steps at borders over steps elsewhere: "
         f"{np.mean(apart):.3f} in tiles, {np.mean(together):.3f} in one piece"
@@ -154,7 +154,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, pipeline: Any, one_thread: No
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"\ntaught to {float(loss.detach()):.3f}")  # noqa: T201
+    print(f"\ntaught to {float(loss.detach()):.3f}")
     folder = tmp_path_factory.mktemp("tiny")
     model.save_pretrained(folder)
     return folder
@@ -179,7 +179,7 @@ def test_a_tiny_autoencoder_makes_previews(tiny_client: Client) -> None:
         for preview in previews_of(events):
             assert preview.image.size == picture.size
             close.append(psnr(preview.image, picture))
-    print(told("\npreviews by a tiny autoencoder", close))  # noqa: T201
+    print(told("\npreviews by a tiny autoencoder", close))
     assert len(close) >= len(SCENES), "half of them came in time"
     assert np.mean(close) > 15
 

@@ -54,7 +54,7 @@ def test_an_export_and_many_decisions_under_traffic(deployment: Path, tmp_path: 
                 shares = ask_many(server, client, served)
             assert traffic.failed == []
             assert traffic.unready == []
-            print(  # noqa: T201
+            print(
                 f"exported in {exported:.0f} s, {DECISIONS} decisions; "
                 f"{sum(traffic.served.values())} requests meanwhile, none failed; shares of {REQUESTS}: {shares}"
             )

@@ -40,4 +40,4 @@ def test_a_picture_is_the_same_alone_and_among_fifteen_others(client: Client) ->
             differences.append(int(difference))
             assert difference <= 1, f"{requests[0]}: {difference}/255 from the same request alone"
     identical = sum(difference == 0 for difference in differences)
-    print(f"{identical} of {MIXES} identical, the others differ by 1/255 at most")  # noqa: T201
+    print(f"{identical} of {MIXES} identical, the others differ by 1/255 at most")

@@ -78,7 +78,7 @@ def test_busy_checkpoints_get_their_weights_of_the_engines_time(several: Deploym
         seconds = engine_seconds(calls(log), since, until)
     total = sum(seconds.values())
     shares = {name: round(seconds[name] / total, 4) for name in NAMES}
-    print(f"\nof {total:.1f} s in {until - since:.1f} s: {shares}")  # noqa: T201 - the report of `make accept-sharing`
+    print(f"\nof {total:.1f} s in {until - since:.1f} s: {shares}")
     for name, weight in WEIGHTS.items():
         assert shares[name] == pytest.approx(weight / 10, rel=0.05)
 
@@ -102,7 +102,7 @@ def test_a_brief_request_waits_for_two_calls_of_a_long_batch_at_most(several: De
                 one.result()
         longest = max(one["seconds"] for one in calls(log) if one["model"] == "b_unet")
         waited = (join_wait(server) - waited) / len(between)
-    print(  # noqa: T201
+    print(
         f"\ncalls of the other checkpoint between the first and the last of 4 steps: {between}; the first waited for "
         f"{1000 * waited:.0f} ms beyond the call under way; the longest of the other took {1000 * longest:.0f} ms"
     )
@@ -155,7 +155,7 @@ def test_a_day_of_traffic_with_room_for_two(several: Deployment, tmp_path: Path)
         told = client.status()["checkpoints"]
         loads = sum(one["loads"] for one in told.values())
     waited = [one.result().images[0].info.get("load_s", 0.0) for _, one in made]
-    print(  # noqa: T201
+    print(
         f"\n{len(made)} requests in {seconds:.0f} s, {loads} loads; {sum(map(bool, waited))} waited for one, "
         f"{max(waited):.1f} s at most; {most / 1e6:.0f} of {budget / 1e6:.0f} MB in {samples} samples"
     )
@@ -194,4 +194,4 @@ def test_loads_that_fail_do_no_harm_to_the_rest(deployment: Path, tmp_path: Path
             one.result()
     assert right
     assert all(right)
-    print(f"8 loads failed, {len(right)} pictures beside them were right")  # noqa: T201
+    print(f"8 loads failed, {len(right)} pictures beside them were right")

@@ -73,7 +73,7 @@ def watched_export(options: Sequence[str]) -> Run:
     with _started(command) as process, _sampled(run, process.pid):
         assert process.stdout is not None
         for line in process.stdout:
-            print(line, end="", flush=True)  # noqa: T201
+            print(line, end="", flush=True)
             run.lines.append(line)
             if match := _STAGE.match(line):
                 now = time.monotonic()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from diffuserve.errors import InvalidArgumentError
 from diffuserve_client._bench.figures import figures_of
 from diffuserve_client._bench.record import Run
-from diffuserve_client._extras import extra
+from diffuserve_client._extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +25,7 @@ def check_plot(path: Path) -> None:
     """Raises InvalidArgumentError for a file that is no plot's, UnsupportedError where matplotlib is not installed."""
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise InvalidArgumentError(f"{path.name!r} does not end in {' or '.join(PLOT_SUFFIXES)}; let it", input="plot")
-    with extra("tools"):
-        import matplotlib.figure  # noqa: F401
+    require("tools", "matplotlib.figure")
 
 
 def drawn(runs: Sequence[Run], suffix: str, title: str) -> bytes:

@@ -11,7 +11,7 @@ import typer
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import MAX_SEED
 from diffuserve_client._exits import errors_as_exit_codes
-from diffuserve_client._extras import extra
+from diffuserve_client._extras import require
 from diffuserve_client._options import AsJson, ConnectionOptions, open_client, with_options
 from diffuserve_client._studio.folder import Folder, encoded
 from diffuserve_client._studio.options import Concurrency, Overwrite
@@ -75,7 +75,7 @@ def compare(
     with errors_as_exit_codes():
         plan = Plan.of({name: values or () for name, values in axes.items()}, _seeds(seed, seeds), baseline or ())
         requests = [one.request(number, common) for one in plan.variants for number in plan.seeds]
-        _check_extra()
+        require("tools", "jinja2", "skimage.metrics")  # now, rather than after the pictures were made
         with open_client(connection) as client:
             folder = Folder(output, overwrite=overwrite)
             files = _file_names(plan)
@@ -93,13 +93,6 @@ def _seeds(first: int, count: int) -> range:
             input="seed",
         )
     return range(first, first + count)
-
-
-def _check_extra() -> None:
-    """What is needed after the pictures were made is asked for before. Raises UnsupportedError."""
-    with extra("tools"):
-        import jinja2  # noqa: F401
-        import skimage.metrics  # noqa: F401
 
 
 def _file_names(plan: Plan) -> list[str]:

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from diffuserve.errors import InvalidArgumentError, UnsupportedError
-from diffuserve_client._extras import extra
+from diffuserve_client._extras import extra, require
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,8 +29,7 @@ _GIF_TICK: Final = 0.01  # seconds; a GIF's durations are whole numbers of it
 def check_encoder(suffix: str) -> None:
     """Raises UnsupportedError where a film with this suffix cannot be written here."""
     if suffix == ".gif":
-        with extra("tools"):
-            import imageio.v3  # noqa: F401
+        require("tools", "imageio.v3")
     else:
         with extra("tools"):
             import av
