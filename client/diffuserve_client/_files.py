@@ -1,4 +1,4 @@
-"""Pictures to files."""
+"""Files: read with a limit, written whole."""
 
 from __future__ import annotations
 
@@ -9,9 +9,24 @@ from typing import Final
 
 from diffuserve.errors import InvalidArgumentError
 
-__all__ = ["FORMAT_OF_SUFFIX", "check_writable", "numbered", "write_atomically"]
+__all__ = ["FORMAT_OF_SUFFIX", "check_writable", "numbered", "read_limited", "write_atomically"]
 
 FORMAT_OF_SUFFIX: Final = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+def read_limited(path: Path, most: int, wanted: str) -> bytes:
+    """A file's content, of `most` bytes at most. `wanted` says in an error what to give, such as `a picture's file`.
+
+    Raises InvalidArgumentError.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}; give {wanted}") from error
+    if len(content) > most:
+        raise InvalidArgumentError(f"{path} has more than {most} bytes; give {wanted} that is shorter")
+    return content
 
 
 def numbered(path: Path, count: int) -> list[Path]:

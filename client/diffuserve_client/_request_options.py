@@ -11,8 +11,9 @@ import typer
 
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.metadata.infotext import SAMPLER_LABELS, SCHEDULE_LABELS
-from diffuserve.request import PROMPT_SYNTAXES, GenerateRequest
+from diffuserve.request import MAX_IMAGE_BYTES, PROMPT_SYNTAXES, GenerateRequest
 from diffuserve_client._exits import complain
+from diffuserve_client._files import read_limited
 
 __all__ = ["FromImage", "Prompt", "RequestOptions", "one_of", "read_picture", "request_from_options"]
 
@@ -109,10 +110,7 @@ def request_from_options(
 
 def read_picture(path: Path) -> bytes:
     """An input picture's file. Raises InvalidArgumentError."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}; give a picture's file") from error
+    content = read_limited(path, MAX_IMAGE_BYTES, "a picture's file")
     if not content:  # which the server would take for none
         raise InvalidArgumentError(f"{path} is empty; give a picture's file")
     return content

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from diffuserve.errors import ComponentFailedError, InvalidArgumentError
+from diffuserve.request import MAX_IMAGE_BYTES
 
 __all__ = [
     "encode_image",
@@ -26,7 +27,6 @@ __all__ = [
     "resized",
 ]
 
-MAX_IMAGE_BYTES: Final = 32 << 20
 MAX_IMAGE_PIXELS: Final = 4096 * 4096
 #: Formats that are read: none of them names files, runs code, or is a page to be drawn.
 _READ: Final = ("PNG", "JPEG", "WEBP")

@@ -24,6 +24,7 @@ __all__ = [
     "IMAGE_FORMATS",
     "INPUT_PICTURES",
     "MAX_IMAGES",
+    "MAX_IMAGE_BYTES",
     "MAX_PROMPT_BYTES",
     "MAX_SEED",
     "MAX_STEPS",
@@ -39,6 +40,7 @@ __all__ = [
 MAX_PROMPT_BYTES: Final = 8192
 MAX_NAME_BYTES: Final = 256
 MAX_IMAGES: Final = 16
+MAX_IMAGE_BYTES: Final = 32 << 20  # of each picture that a request brings
 MAX_STEPS: Final = 150
 MAX_PRIORITY: Final = 100
 MAX_DEADLINE_MS: Final = 24 * 3600 * 1000

@@ -12,6 +12,7 @@ from typing import Any, Final
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import GenerateRequest
 from diffuserve_client._extras import extra
+from diffuserve_client._files import read_limited
 
 __all__ = ["DEFAULT_PROMPTS", "Mix", "read_prompts"]
 
@@ -117,14 +118,11 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     UnsupportedError where YAML is not installed.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
-        text = content.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise InvalidArgumentError(f"cannot read {path}: {reason}; give a file of prompts", input="prompts") from error
-    if len(content) > _MOST_BYTES:
-        raise InvalidArgumentError(f"{path} has more than {_MOST_BYTES} bytes; shorten it", input="prompts")
+        text = read_limited(path, _MOST_BYTES, "a file of prompts").decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgumentError(
+            f"{path} is not UTF-8 (byte {error.start}); correct its encoding", input="prompts"
+        ) from error
     if path.suffix.lower() in _YAML:
         values = _yaml(path, text)
     else:

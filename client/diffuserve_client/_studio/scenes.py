@@ -26,6 +26,7 @@ from typing import Any, Final
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import GenerateRequest
 from diffuserve_client._extras import extra
+from diffuserve_client._files import read_limited
 
 __all__ = ["DEFAULT_DURATION", "MAX_SCENES", "MAX_SECONDS", "Scene", "read_scenes", "scenes_of"]
 
@@ -83,14 +84,7 @@ def read_scenes(path: Path, given: Mapping[str, Any]) -> tuple[Scene, ...]:
     Raises InvalidArgumentError for what cannot be read or meant, UnsupportedError where YAML cannot be read here.
     """
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise InvalidArgumentError(f"cannot read {path}: {error.strerror}; give a file of scenes") from error
-    if len(content) > MAX_BYTES:
-        raise InvalidArgumentError(f"{path} has more than {MAX_BYTES} bytes; shorten it")
-    try:
-        text = content.decode()
+        text = read_limited(path, MAX_BYTES, "a file of scenes").decode()
     except UnicodeDecodeError as error:
         raise InvalidArgumentError(f"{path} is not UTF-8 (byte {error.start}); correct its encoding") from error
     is_yaml = path.suffix.lower() in (".yaml", ".yml")

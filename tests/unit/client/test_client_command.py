@@ -106,6 +106,10 @@ def test_pictures_are_read_and_sent(fake: FakeTriton, tmp_path: Path) -> None:
         ),
         (("--init-image", "."), "diffuserve: cannot read .: Is a directory"),
         (("--init-image", "empty.png"), "diffuserve: empty.png is empty; give a picture's file"),
+        (
+            ("--init-image", "/dev/zero"),
+            "diffuserve: /dev/zero has more than 33554432 bytes; give a picture's file that is shorter",
+        ),
         (("--mask", "mask.png"), "diffuserve: mask_image is given without init_image"),
         (("--control", "no.png"), "diffuserve: cannot read no.png: No such file"),
         (("--control-scale", "2.1"), "diffuserve: control_scale is 2.1, and must be from 0 to 2"),
