@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from diffuserve.engine import Candidate, Demand, Group, Shares, Sharing, StepCosts, StepPolicy, forecast
@@ -173,6 +173,11 @@ def test_tags_share_a_checkpoint_in_its_share() -> None:
     ),
     by_name(st.floats(0.25, 4.0)),
     by_name(st.floats(0.3, 3.0)),
+)
+@example(  # brief images of two checkpoints, which one after the other must not put a third one ahead
+    [("a", 8, 1, 1), ("b", 28, 1, 0), ("d", 8, 1, 0), ("d", 8, 1, 1), ("d", 19, 2, 0)],
+    ALIKE,
+    {**ALIKE, "a": 0.375, "d": 2.0},
 )
 @settings(max_examples=60, deadline=None)
 def test_forecasts_play_the_same_order(

@@ -81,6 +81,12 @@ class _Group:
                 adapters.add(one.adapter)
         return self.seconds(rows, math.lcm(*(one.chunks for one, _ in self.active))) if self.active else 0.0
 
+    def brief_call(self, priority: int | None) -> float:
+        """The seconds of a call of its brief images of that priority alone, as StepPolicy counts them."""
+        every = (*(one for one, _ in self.active), *self.queue)
+        rows = sum(one.rows for one in every if one.is_brief and one.priority == priority)
+        return self.seconds(min(rows, self.cap), 1) if rows else 0.0
+
 
 class _Checkpoint:
     """One checkpoint's groups, which take turns, a call each. `virtual` is its time as fair sharing counts it."""
@@ -89,24 +95,27 @@ class _Checkpoint:
         self.weight, self.virtual, self.ready = weight, virtual, ready
         self.groups: dict[Group, _Group] = {}
         self.turns = 0.0
-        self.cost = self.borrowed = 0.0  # of a turn; and what it may be ahead
+        self.cost = 0.0  # of a turn
+        self._claims_less: float | None = None
         self.priority: int | None = None
         self.next_end = 0.0
 
     def fill(self) -> None:
         """Find out what a turn is from now on, and when one of its images ends."""
-        costs = {group: one.fill(self.turns) for group, one in self.groups.items()}
-        self.cost = sum(costs.values())
-        active = [(group, one, last) for group, held in self.groups.items() for one, last in held.active]
+        self.cost = sum(one.fill(self.turns) for one in self.groups.values())
+        active = [pair for held in self.groups.values() for pair in held.active]
         waiting = [one for held in self.groups.values() for one in held.queue]
-        self.priority = max((one.priority for one in (*(one for _, one, _ in active), *waiting)), default=None)
-        self.next_end = min((last for *_, last in active), default=0.0)
-        brief = {group for group, one, _ in active if one.is_brief and one.priority == self.priority}
-        self.borrowed = BRIEF * max((costs[group] for group in brief), default=0.0)
+        self.priority = max((one.priority for one in (*(one for one, _ in active), *waiting)), default=None)
+        self.next_end = min((last for _, last in active), default=0.0)
+        self._claims_less = None
 
     @property
     def claim(self) -> float:
-        return self.virtual - self.borrowed / self.weight
+        """What its virtual time counts as: less, by some calls of its brief images. Asked where several compete."""
+        if self._claims_less is None:
+            longest = max((held.brief_call(self.priority) for held in self.groups.values()), default=0.0)
+            self._claims_less = BRIEF * longest / self.weight
+        return self.virtual - self._claims_less
 
     @property
     def to_next_end(self) -> float:
@@ -185,16 +194,20 @@ def _round(left: Sequence[_Checkpoint], clock: float) -> tuple[float, list[Deman
         return min(one.ready for one in left), []
     top = max(one.priority for one in there if one.priority is not None)
     competing = [one for one in there if one.priority == top]
-    lowest = min(one.claim for one in competing)
-    running = [one for one in competing if one.claim <= lowest + _SAME]
+    claims = [one.claim for one in competing] if len(competing) > 1 else [0.0]
+    lowest = min(claims)
+    running = [one for one, claim in zip(competing, claims, strict=True) if claim <= lowest + _SAME]
     weights = sum(one.weight for one in running)
     until = [one.to_next_end for one in running]
-    until += [one.claim - lowest for one in competing if one.claim > lowest + _SAME]
+    until += [claim - lowest for claim in claims if claim > lowest + _SAME]
     until += [(one.ready - clock) / weights for one in left if one.ready > clock]
     passing = max(0.0, min(until))
     ended = [demand for one in running for demand in one.advance(passing)]
     clock += passing * weights
-    floor = min(one.virtual for one in competing)
+    top = max((one.priority for one in there if one.priority is not None), default=top)
+    # As of Shares: of those that stay in the competition; one that ended has had little, and nobody is level with it.
+    stayed = [one.virtual for one in competing if one.priority == top]
+    floor = min(stayed or [one.virtual for one in competing])
     for one in left:  # absence earns nothing
         if one not in competing:
             one.virtual = max(one.virtual, floor)
