@@ -249,6 +249,7 @@ def test_one_that_waits_for_room_hears_of_the_servers_end(deployment: Deployment
         time.sleep(0.001)
     closing = threading.Thread(target=service.close)
     closing.start()
+    _until(lambda: service.loop._closed)  # before the first makes room
     opened.set()
     closing.join(20)
     assert isinstance(second.wait().error, CancelledError)
