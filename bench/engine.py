@@ -39,7 +39,7 @@ class Size:
     open_seeds: tuple[int, ...] = (1, 2, 3)
     short_requests: int = 200
     limit_requests: int = 64
-    limit_rounds: int = 9
+    limit_rounds: int = 15
     loop_steps: int = 150
 
 
@@ -86,7 +86,9 @@ def overload_part(places: Places, size: Size) -> str:
 
 def limit_part(places: Places, size: Size) -> str:
     rounds = run_limit(places.deployment, size.limit_requests, size.limit_rounds)
-    head = f"{size.limit_requests} mixed requests, {CONCURRENCY} at once; medians of {size.limit_rounds} rounds:"
+    head = (
+        f"{size.limit_requests} mixed requests a round, {CONCURRENCY} at once; medians of {size.limit_rounds} rounds:"
+    )
     return f"{head}\n\n{limit_table(rounds)}"
 
 

@@ -18,14 +18,14 @@ Call = dict[str, Any]
 
 
 class BareEngines:
-    """The first checkpoint's graphs, opened as the component models open them."""
+    """The first checkpoint's graphs, opened as the component models open them; threads of 0 are one for each core."""
 
-    def __init__(self, deployment: Deployment) -> None:
+    def __init__(self, deployment: Deployment, threads: int = 0) -> None:
         self._sessions = {}
         manifest = deployment.manifest(deployment.checkpoints[0])
         for component in manifest.components.values():
             graph = deployment.models / component.model / "1" / "model.onnx"
-            self._sessions[component.model] = open_session(graph, threads=0)
+            self._sessions[component.model] = open_session(graph, threads)
 
     def side_by_side(self, calls: Sequence[Call]) -> float:
         """Seconds of all the calls, on inputs of the same shapes; one lane a model, as Triton has one instance."""
@@ -42,6 +42,16 @@ class BareEngines:
         started = time.perf_counter()
         with ThreadPoolExecutor(max(1, len(feeds))) as pool:
             list(pool.map(run, feeds))
+        return time.perf_counter() - started
+
+    def one_after_another(self, calls: Sequence[Call]) -> float:
+        """Seconds of all the calls in the order in which they began, on inputs of the same shapes."""
+        rng = np.random.default_rng(0)
+        ordered = sorted(calls, key=lambda call: call["started"])
+        feeds = [(self._sessions[call["model"]], self._inputs(call, rng)) for call in ordered]
+        started = time.perf_counter()
+        for session, feed in feeds:
+            session.run(None, feed)
         return time.perf_counter() - started
 
     def _inputs(self, call: Call, rng: np.random.Generator) -> dict[str, Any]:

@@ -39,17 +39,20 @@ class Medians:
 
     def __init__(self, kinds: int = 256, window: int = _WINDOW, at_least: int = 1) -> None:
         self._kinds, self._window, self._at_least = kinds, window, at_least
-        self._windows: dict[Hashable, tuple[float, ...]] = {}
+        # Values and their median, which is asked for far more often than a value comes.
+        self._windows: dict[Hashable, tuple[tuple[float, ...], float]] = {}
 
     def observe(self, kind: Hashable, value: float) -> None:
         # A new tuple instead of a changed one: other threads read while one writes.
-        self._windows[kind] = (*self._windows.pop(kind, ())[1 - self._window :], value)  # and it is now the newest kind
+        before, _ = self._windows.pop(kind, ((), 0.0))  # and it is now the newest kind
+        values = (*before[1 - self._window :], value)
+        self._windows[kind] = values, median(values)
         if len(self._windows) > self._kinds:
             del self._windows[next(iter(self._windows))]
 
     def get(self, kind: Hashable, default: float = 0.0) -> float:
-        window = self._windows.get(kind)
-        return median(window) if window and len(window) >= self._at_least else default
+        values, middle = self._windows.get(kind, ((), default))
+        return middle if len(values) >= self._at_least else default
 
 
 class StepCosts:

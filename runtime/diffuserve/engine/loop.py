@@ -209,7 +209,7 @@ class DenoiseLoop:
     def _drop(self, track: Track, now: float) -> None:
         if track.is_cancelled():
             raise CancelledError("the client cancelled")
-        if self._policy.is_late(track.candidate(), now):
+        if self._policy.is_late(track.deadline, now):
             raise DeadlineError(
                 f"the deadline passed after {track.steps_done(track.evaluation)} of {track.trajectory.steps} steps; "
                 "allow more time, or ask for fewer steps",

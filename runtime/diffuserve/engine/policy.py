@@ -173,8 +173,8 @@ class StepPolicy:
         self.costs.observe_request(kind_of(demands), around, eta.raw, actual)
 
     @staticmethod
-    def is_late(candidate: Candidate, now: float) -> bool:
-        return candidate.deadline is not None and now > candidate.deadline
+    def is_late(deadline: float | None, now: float) -> bool:
+        return deadline is not None and now > deadline
 
     def level(self, candidate: Candidate, now: float) -> int:
         """Priority with ageing: it grows without bound while an image is not stepped, so none starves."""
