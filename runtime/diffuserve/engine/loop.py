@@ -32,6 +32,7 @@ _IDLE_POOLS: Final = 4  # groups whose memory is kept although nothing of them r
 _TRIAL_AGAIN_S: Final = 0.25
 _TRIAL_LOOK_S: Final = 1.0  # while what they call is not in memory
 _LONGEST_TRIAL_S: Final = 1.0
+_LAST_TRIAL_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class DenoiseLoop:
         self._joining: list[Track] = []
         self._trials = list(trials)
         self._joined = 0
-        self._closed = self._suspending = False
+        self._closed = self._suspending = self._trying = False
         self._busy_since: float | None = None
         self._wake = threading.Condition()
         #: UNet calls so far; the number of the next call is one more.
@@ -110,11 +111,18 @@ class DenoiseLoop:
         return 0.0 if busy is None else self._clock() - busy
 
     def close(self) -> None:
-        """Stop after the call that is under way; what is left gets an error."""
+        """Stop after the call that is under way; what is left gets an error.
+
+        A trial is waited for a moment only: Triton 24.10 never answers a call that it gets while it stops.
+        """
         with self._wake:
             self._closed = True
+            trying = self._trying
             self._wake.notify()
-        self._thread.join()
+        self._thread.join(_LAST_TRIAL_S if trying else None)
+        if self._thread.is_alive():
+            _log.warning("a trial is not answered; the denoising loop is left with it")
+            self._stop(CancelledError("the server is shutting down"))
 
     def _run(self) -> None:
         try:
@@ -148,8 +156,10 @@ class DenoiseLoop:
             self._busy_since = self._clock()
             arrived, self._joining = self._joining, []
             closed = self._closed
-        if trial is not None and not arrived:
+            self._trying = trial is not None and not arrived and not closed
+        if trial is not None and self._trying:
             self._try(trial)
+            self._trying = False
         for track in arrived:
             self._guarded([track], lambda track=track: self._admit(track))  # type: ignore[misc]
         return not closed
