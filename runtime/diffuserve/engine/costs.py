@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Hashable
 from statistics import median
 from typing import Final, NamedTuple
@@ -40,15 +41,16 @@ class Medians:
     def __init__(self, kinds: int = 256, window: int = _WINDOW, at_least: int = 1) -> None:
         self._kinds, self._window, self._at_least = kinds, window, at_least
         # Values and their median, which is asked for far more often than a value comes.
-        self._windows: dict[Hashable, tuple[tuple[float, ...], float]] = {}
+        self._windows: OrderedDict[Hashable, tuple[tuple[float, ...], float]] = OrderedDict()
 
     def observe(self, kind: Hashable, value: float) -> None:
-        # A new tuple instead of a changed one: other threads read while one writes.
-        before, _ = self._windows.pop(kind, ((), 0.0))  # and it is now the newest kind
+        before, _ = self._windows.get(kind, ((), 0.0))
         values = (*before[1 - self._window :], value)
+        # Replaced and never missing in between: other threads read while one writes.
         self._windows[kind] = values, median(values)
+        self._windows.move_to_end(kind)
         if len(self._windows) > self._kinds:
-            del self._windows[next(iter(self._windows))]
+            self._windows.popitem(last=False)
 
     def get(self, kind: Hashable, default: float = 0.0) -> float:
         values, middle = self._windows.get(kind, ((), default))
