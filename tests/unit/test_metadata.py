@@ -7,6 +7,7 @@ import io
 import json
 import re
 import struct
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,22 @@ def test_pillow_and_the_web_uis_own_library_see_the_text(image_format: str) -> N
         assert opened.getexif().get_ifd(0x8769)[0x9286] == comment
 
 
+@pytest.fixture(scope="module")
+def kept_open() -> Iterator[list[PIL.Image.Image]]:
+    """Pictures that stay open: sd_parsers keeps the last one's text by its `id`, which a later picture may have."""
+    pictures: list[PIL.Image.Image] = []
+    yield pictures
+    for picture in pictures:
+        picture.close()
+
+
 @pytest.mark.parametrize("image_format", FORMATS)
 @pytest.mark.parametrize("prompt", ["a red circle", "ein grüner Kreis", "紅い円 🔴"])
-def test_a_program_that_others_wrote_reads_it(image_format: str, prompt: str) -> None:
+def test_a_program_that_others_wrote_reads_it(image_format: str, prompt: str, kept_open: list[PIL.Image.Image]) -> None:
     request = GenerateRequest(prompt=prompt, negative_prompt="blue", steps=9, seed=5, sampler="euler", checkpoint="c")
     data = with_record(encoded(image_format), image_format, Record.of(request, image_format, 5, {}))
-    told = sd_parsers.ParserManager().parse(io.BytesIO(data))
+    kept_open.append(PIL.Image.open(io.BytesIO(data)))
+    told = sd_parsers.ParserManager().parse(kept_open[-1])
     assert told is not None
     assert told.generator is sd_parsers.data.Generators.AUTOMATIC1111
     assert [(one.value) for one in told.prompts] == [prompt]
