@@ -3,7 +3,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 # The first of these that exists makes the virtual environment; PYTHON3=... chooses another.
-PYTHON3 ?= $(firstword $(foreach name,python3.11 python3.12 python3.10 python3,$(shell command -v $(name) 2>/dev/null)))
+PYTHON3 ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name) 2>/dev/null)))
 INSTALLED := $(VENV)/.installed
 
 PROMPT ?= a large red circle on a blue background
@@ -28,7 +28,7 @@ help: ## This list
 install: $(INSTALLED) ## The virtual environment in .venv, with every extra
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -n "$(PYTHON3)" || { echo "no python3 found: install Python 3.10, 3.11 or 3.12"; exit 2; }
+	@test -n "$(PYTHON3)" || { echo "no python3 found: install Python 3.11 or 3.12"; exit 2; }
 	$(PYTHON3) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@# Of TensorRT only the types: the stubs ask for the package, and hold some lines that are no Python.

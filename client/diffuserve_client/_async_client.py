@@ -22,8 +22,7 @@ from diffuserve_client._timeout import Timeout
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from typing_extensions import Self, Unpack
+    from typing import Self, Unpack
 
     from diffuserve_client._async_connection import AsyncCall, AsyncConnection
     from diffuserve_client._delivery import Delivery
@@ -311,7 +310,7 @@ class _Run:
         if seconds:
             try:
                 await asyncio.wait_for(self._stopped.wait(), seconds)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 return
         if self._stopped.is_set():
             raise CancelledError("the request was cancelled by the client")

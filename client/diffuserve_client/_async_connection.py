@@ -125,7 +125,7 @@ class AsyncCall:
         """What comes next. Raises the error of a silent server where nothing comes for the stall timeout."""
         try:
             return await self._within(self._connection.timeout.stall, self._call.read())
-        except asyncio.TimeoutError as error:
+        except TimeoutError as error:
             raise self._exchange.stalled() from error
 
     async def _drain(self) -> None:
@@ -133,7 +133,7 @@ class AsyncCall:
         try:
             while await self._within(self._connection.timeout.connect, self._call.read()) is not grpc.aio.EOF:
                 pass
-        except (grpc.aio.AioRpcError, asyncio.TimeoutError, DiffuserveError):
+        except (TimeoutError, grpc.aio.AioRpcError, DiffuserveError):
             pass
 
     async def _within(self, seconds: float, answer: Awaitable[Any]) -> Any:
@@ -149,7 +149,7 @@ class AsyncCall:
             if not waiting.done():
                 waiting.cancel()  # and with it the call
         if not waiting.done():
-            raise asyncio.TimeoutError
+            raise TimeoutError
         if waiting.cancelled():
             raise self._exchange.failure(grpc.StatusCode.CANCELLED, "by the client")
         return waiting.result()

@@ -25,8 +25,7 @@ from diffuserve_client._timeout import Timeout
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-    from typing_extensions import Self, Unpack
+    from typing import Self, Unpack
 
     from diffuserve_client._connection import Call
     from diffuserve_client._delivery import Delivery

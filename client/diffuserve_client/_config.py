@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -20,11 +20,6 @@ import typer
 
 from diffuserve.errors import InvalidArgumentError
 from diffuserve_client._exits import complain
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["CONFIG_KEYS", "config_path", "read_config"]
 

@@ -32,7 +32,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JS
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer should see it: a parameter of a dataclass's type is an option for each of its fields."""
-    # Not get_type_hints, which in Python 3.10 puts an Optional around what has None as its default.
     given_parameters = inspect.signature(command, eval_str=True).parameters
     groups = {
         name: one.annotation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -40,7 +40,7 @@ SHEET: Final = "contact-sheet.png"
 _PLACE: Final = "{view}"
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """What the reference picture is to the request."""
 
     img2img = "img2img"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from diffuserve.errors import DiffuserveError, InvalidArgumentError, NotFoundError
@@ -80,7 +80,7 @@ def _described(
             "again, or pull it",
             paths=sorted(set(damaged)),
         )
-    created = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     local = DeploymentVersion.of(name, version, created, deployment.checkpoints, blobs)
     try:
         return DeploymentVersion.from_json(local.to_json())
