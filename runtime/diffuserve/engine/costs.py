@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import dataclass
 from statistics import median
 from typing import Final, NamedTuple
 
@@ -15,6 +16,7 @@ __all__ = ["CALIBRATION_ROWS", "Group", "Medians", "StepCosts"]
 
 _WINDOW: Final = 9  # measurements of one kind that are remembered; their median is the estimate
 _CALLS_WINDOW: Final = 33  # the same for UNet calls of one row count
+_GROUPS: Final = 512  # that are remembered: clients choose the sizes, and there are thousands
 _LATELY: Final = 10  # calls that tell how fast the machine is now
 _UNMEASURED_S: Final = 0.1  # one row at 512x512, before anything was measured
 _UNMEASURED_PIXELS: Final = 512 * 512
@@ -57,6 +59,51 @@ class Medians:
         return middle if len(values) >= self._at_least else default
 
 
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What is known of one group's calls, by row count in ascending order.
+
+    Replaced as a whole and never changed: the loop's thread measures while others ask.
+    """
+
+    rows: tuple[int, ...] = ()
+    seconds: tuple[float, ...] = ()  # medians of the windows
+    windows: tuple[tuple[float, ...], ...] = ()  # the last measurements, the newest last
+    number: int = 0  # of its last measurement, among all groups'
+
+    def observe(self, rows: int, seconds: float, number: int) -> _Measured:
+        at = bisect_left(self.rows, rows)
+        after = at + (rows in self.rows)
+        (before,) = self.windows[at:after] or ((),)
+        window = (*before[1 - _CALLS_WINDOW :], seconds)
+        return _Measured(
+            (*self.rows[:at], rows, *self.rows[after:]),
+            (*self.seconds[:at], median(window), *self.seconds[after:]),
+            (*self.windows[:at], window, *self.windows[after:]),
+            number,
+        )
+
+    def usual(self, rows: int) -> float:
+        """Seconds of a call of `rows` rows: as measured, or on the line through the two counts nearest to it."""
+        if len(self.rows) == 1:
+            return self.seconds[0] * (_FIXED_SHARE + (1 - _FIXED_SHARE) * rows / self.rows[0])
+        at = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        low, high = self.rows[at - 1], self.rows[at]
+        low_s, high_s = self.seconds[at - 1], self.seconds[at]
+        slope = (high_s - low_s) / (high - low)
+        if rows > high:  # never cheaper than the largest that was measured, nor a row dearer than its average
+            return high_s + (rows - high) * min(max(slope, 0.0), high_s / high)
+        return max(low_s + (rows - low) * slope, low_s * min(1.0, rows / low))
+
+    def line(self) -> tuple[float, float]:
+        """Seconds of a call, and of each row in it: least squares of the relative errors."""
+        if len(self.rows) < 2:
+            return 0.0, 0.0
+        rows, seconds = np.array(self.rows, dtype=np.float64), np.array(self.seconds)
+        (fixed, row), *_ = np.linalg.lstsq(np.stack([1 / seconds, rows / seconds], 1), np.ones(len(rows)), rcond=None)
+        return max(0.0, float(fixed)), float(row)
+
+
 class StepCosts:
     """Seconds of a UNet call by its group and row count.
 
@@ -67,14 +114,16 @@ class StepCosts:
 
     Calls with prompts of several chunks, which take a little longer, are kept apart, so that estimates and decisions
     for all others do not depend on who came beside them: only by how much they are longer is learnt.
+
+    One thread observes calls, and any may ask. The groups that were measured longest ago are forgotten.
     """
 
     def __init__(self) -> None:
-        self._medians = Medians(kinds=4096, window=_CALLS_WINDOW)
+        self._measured: dict[Group, _Measured] = {}
+        self._observed = 0
         self._longer = Medians(window=_CALLS_WINDOW)
         self._lately: tuple[float, ...] = ()
         self._pace = 1.0
-        self._rows: dict[Group, tuple[int, ...]] = {}
         self._around_steps = Medians()
         # Of many requests: who comes beside one is chance, and only what is usual is to be learnt.
         self._optimism = Medians(kinds=1, window=41, at_least=8)
@@ -86,18 +135,28 @@ class StepCosts:
         if chunks > 1 and self._nearest(group):
             self._longer.observe((group.checkpoint, chunks), seconds / self.seconds(group, rows))
             return
-        measured = self._rows.get(group, ())
-        if rows in measured:
-            self._lately = (*self._lately[1 - _LATELY :], seconds / self._usual(group, rows))
+        before = self._measured.get(group)
+        if before is not None and rows in before.rows:
+            self._lately = (*self._lately[1 - _LATELY :], seconds / before.usual(rows))
             self._pace = math.sqrt(median(self._lately))
-        self._medians.observe((group, rows), seconds)
-        self._news += 1
-        if rows not in measured:
-            self._rows[group] = tuple(sorted((*measured, rows)))
+            self._news += 1
+        else:
             self._news = _FRESH
+        self._observed += 1
+        self._remember(group, (before or _Measured()).observe(rows, seconds, self._observed))
         if self._news >= _FRESH:
             self._news = 0
-            self._efficient.clear()
+            self._efficient = {}
+
+    def _remember(self, group: Group, measured: _Measured) -> None:
+        if group in self._measured:
+            self._measured[group] = measured
+            return
+        # Replaced, since another thread may be looking through it.
+        kept = {**self._measured, group: measured}
+        if len(kept) > _GROUPS:
+            del kept[min(kept, key=lambda one: kept[one].number)]
+        self._measured = kept
 
     def seconds(self, group: Group, rows: int, chunks: int = 1) -> float:
         """The estimate for a call of that many rows, with prompts of that many chunks."""
@@ -105,37 +164,20 @@ class StepCosts:
         return seconds if chunks == 1 else seconds * self._longer.get((group.checkpoint, chunks), 1.0)
 
     def _usual(self, group: Group, rows: int) -> float:
-        measured = self._rows.get(group)
-        if not measured:
-            return self._from_another_size(group, rows)
-        points = [(count, self._medians.get((group, count))) for count in self._neighbours(measured, rows)]
-        if len(points) == 1:
-            count, cost = points[0]
-            return cost * (_FIXED_SHARE + (1 - _FIXED_SHARE) * rows / count)
-        (low, low_s), (high, high_s) = points
-        slope = (high_s - low_s) / (high - low)
-        if rows > high:  # never cheaper than the largest that was measured, nor a row dearer than its average
-            return high_s + (rows - high) * min(max(slope, 0.0), high_s / high)
-        return max(low_s + (rows - low) * slope, low_s * min(1.0, rows / low))
-
-    @staticmethod
-    def _neighbours(measured: tuple[int, ...], rows: int) -> tuple[int, ...]:
-        """The measured row counts on both sides of `rows`, the two nearest ones at an end, or the only one."""
-        if len(measured) == 1:
-            return measured
-        at = min(max(bisect_left(measured, rows), 1), len(measured) - 1)
-        return measured[at - 1 : at + 1]
+        measured = self._measured.get(group)
+        return self._from_another_size(group, rows) if measured is None else measured.usual(rows)
 
     def _from_another_size(self, group: Group, rows: int) -> float:
         nearest = self._nearest(group)
         if nearest is None:
             return _UNMEASURED_S * rows * group.pixels / _UNMEASURED_PIXELS
-        return self._usual(nearest, rows) * group.pixels / nearest.pixels
+        size, measured = nearest
+        return measured.usual(rows) * group.pixels / size.pixels
 
-    def _nearest(self, group: Group) -> Group | None:
-        """The measured size of the same checkpoint that is most like it."""
-        others = [other for other in self._rows if other.checkpoint == group.checkpoint]
-        return min(others, key=lambda other: abs(other.pixels - group.pixels), default=None)
+    def _nearest(self, group: Group) -> tuple[Group, _Measured] | None:
+        """The measured size of the same checkpoint that is most like it, and what is known of it."""
+        others = [one for one in self._measured.items() if one[0].checkpoint == group.checkpoint]
+        return min(others, key=lambda one: abs(one[0].pixels - group.pixels), default=None)
 
     def efficient_rows(self, group: Group, most: int, efficiency: float) -> int:
         """The fewest rows, up to `most`, at which a call makes `efficiency` of the rows a second that huge ones would.
@@ -143,23 +185,18 @@ class StepCosts:
         From the straight line through all that was measured, fixed + row * rows, since single measurements are noisy:
         rows / seconds reaches that share of 1 / row where rows = efficiency / (1 - efficiency) * fixed / row.
         """
-        key = (group, most, efficiency)
-        if key not in self._efficient:
+        key, known = (group, most, efficiency), self._efficient
+        if key not in known:
             fixed, row = self._line(group)
             enough = efficiency / (1 - efficiency) * fixed / row if row > 0 else most
-            self._efficient[key] = max(1, min(most, math.ceil(enough)))
-        return self._efficient[key]
+            known[key] = max(1, min(most, math.ceil(enough)))
+        return known[key]
 
     def _line(self, group: Group) -> tuple[float, float]:
-        """Seconds of a call, and of each row in it: least squares of the relative errors."""
-        known = group if group in self._rows else self._nearest(group)
-        measured = self._rows[known] if known else ()
-        if len(measured) < 2:
-            return 0.0, 0.0
-        rows = np.array(measured, dtype=np.float64)
-        seconds = np.array([self._medians.get((known, count)) for count in measured])
-        (fixed, row), *_ = np.linalg.lstsq(np.stack([1 / seconds, rows / seconds], 1), np.ones(len(rows)), rcond=None)
-        return max(0.0, float(fixed)), float(row)
+        if (measured := self._measured.get(group)) is not None:
+            return measured.line()
+        nearest = self._nearest(group)
+        return (0.0, 0.0) if nearest is None else nearest[1].line()
 
     def observe_request(self, kind: Hashable, around: float, forecast: float, actual: float) -> None:
         """Remember a request that is done: the seconds that it spent outside of stepping, and all of its seconds
