@@ -25,7 +25,7 @@ class Heartbeats:
     def __init__(self) -> None:
         self._members: set[Beating] = set()
         self._changed = threading.Condition()
-        self._closed = False
+        self._added = self._closed = False
         self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
         self._thread.start()
 
@@ -33,6 +33,7 @@ class Heartbeats:
         if one.beat(time.monotonic()) < math.inf:
             with self._changed:
                 self._members.add(one)
+                self._added = True
                 self._changed.notify()
 
     def close(self) -> None:
@@ -45,9 +46,10 @@ class Heartbeats:
         wait = math.inf
         while True:
             with self._changed:
-                self._changed.wait(None if wait == math.inf else wait)
+                self._changed.wait_for(lambda: self._closed or self._added, None if wait == math.inf else wait)
                 if self._closed:
                     return
+                self._added = False
             wait = self._round()
 
     def _round(self) -> float:
@@ -60,8 +62,7 @@ class Heartbeats:
         due = {one: self._beat(one) for one in members}
         with self._changed:
             self._members -= {one for one, seconds in due.items() if seconds == math.inf}
-            # Who came meanwhile is due later than now.
-            return min((due.get(one, 0.0) for one in self._members), default=math.inf)
+        return min(due.values(), default=math.inf)  # who came meanwhile makes the next round come at once
 
     @staticmethod
     def _beat(one: Beating) -> float:
