@@ -185,8 +185,7 @@ class DenoiseLoop:
 
     def _let_go(self) -> None:
         for track in list(self._active.values()):
-            state = self._leave(track)
-            self._guarded([], lambda track=track, state=state: track.on_suspend(*state))  # type: ignore[misc]
+            self._guarded([track], lambda track=track: track.on_suspend(*self._leave(track)))  # type: ignore[misc]
 
     def _turn(self) -> None:
         """Let the cancelled and the late leave, choose, step, and let the finished leave."""
