@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from diffuserve.components import InProcessRunner
-from diffuserve.engine import HIDDEN_STATES, DenoiseLoop, Group, LoopCheckpoint, StepCosts, StepPolicy, Track
+from diffuserve.engine import (
+    HIDDEN_STATES,
+    DenoiseLoop,
+    Group,
+    LatentPool,
+    LoopCheckpoint,
+    StepCosts,
+    StepPolicy,
+    Track,
+)
+from diffuserve.errors import ComponentFailedError
 from diffuserve.sampling import TrajectoryCompiler
 from diffuserve.sampling.matrix import REFERENCE
 from unit.fakes import component
@@ -79,3 +89,30 @@ def test_an_image_that_cannot_be_handed_over_hears_of_it(start: Callable[..., De
     (error,) = images[0].ended()
     assert isinstance(error, MemoryError)
     assert images[1].ended() == ["suspended"]
+
+
+def test_images_leave_although_there_is_no_memory_for_what_they_became(
+    start: Callable[..., DenoiseLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    fails = True
+
+    def unet(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if fails:
+            monkeypatch.setattr(LatentPool, "state", no_memory)
+            raise MemoryError
+        return no_output(inputs)
+
+    loop, stepped, finished, other = start(unet), Image(), Image(), Image()
+    loop.join([stepped.track])
+    (error,) = stepped.ended()
+    assert isinstance(error, ComponentFailedError)
+    fails = False
+    loop.join([finished.track])
+    (error,) = finished.ended()
+    assert isinstance(error, MemoryError)
+    monkeypatch.undo()
+    loop.join([other.track])
+    assert other.ended() == ["latents"]

@@ -40,12 +40,20 @@ def denoise(sample: torch.Tensor, timestep: torch.Tensor, conditioning: Mapping[
     return sample.sin() * hidden.mean(dim=(1, 2))[:, None, None, None] + timestep[:, None, None, None] / 1000
 
 
+def taken(pool: LatentPool, tracks: list[Track]) -> list[torch.Tensor]:
+    """The tracks' latents, after which they have left."""
+    latents = [pool.state(track)[0] for track in tracks]
+    for track in tracks:
+        pool.leave(track)
+    return latents
+
+
 def run(pool: LatentPool, tracks: list[Track], padding: int = 0) -> list[torch.Tensor]:
     for track in tracks:
         pool.join(track)
     while not tracks[0].is_done:
         pool.step(tracks, denoise, sum(track.rows for track in tracks) + padding)
-    return [pool.leave(track)[0] for track in tracks]
+    return taken(pool, tracks)
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.3, 1.0])
@@ -130,7 +138,7 @@ def test_a_unet_that_takes_masks_is_told_them_and_nothing_is_put_back() -> None:
     while not tracks[0].is_done:
         pool.step(tracks, watched, 5)
     plain = run(LatentPool(), [make_track(seed) for seed in (1, 2)], padding=1)
-    assert all(torch.equal(pool.leave(track)[0], one) for track, one in zip(tracks, plain, strict=True))
+    assert all(torch.equal(pool.state(track)[0], one) for track, one in zip(tracks, plain, strict=True))
 
 
 def test_the_call_has_the_rows_that_were_asked_for() -> None:
@@ -176,6 +184,32 @@ def test_more_images_than_slots_keep_their_latents() -> None:
     assert pool._capacity == 32
 
 
+def no_memory(*_: Any, **__: Any) -> torch.Tensor:
+    raise MemoryError
+
+
+def test_images_that_find_no_memory_leave_the_pool_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, tracks = LatentPool(), [make_track(seed, rows=1) for seed in range(9)]
+    expected = [run(LatentPool(), [make_track(seed, rows=1)]) for seed in range(9)]
+    for track in tracks[:8]:
+        pool.join(track)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", no_memory)
+        with pytest.raises(MemoryError):
+            pool.join(tracks[8])
+    pool.join(tracks[8])
+    misshapen = make_track(10)
+    misshapen.latents = misshapen.latents[:, :2]
+    with pytest.raises(RuntimeError):
+        pool.join(misshapen)
+    while not tracks[0].is_done:
+        pool.step(tracks, denoise)
+    for latents, one in zip(taken(pool, tracks), expected, strict=True):
+        assert torch.allclose(latents, one[0], atol=1e-6)
+    assert pool.is_empty
+    assert pool._capacity == 16
+
+
 def test_predictions_are_of_the_guided_output_and_of_the_steps_that_want_them() -> None:
     """Beside others that want none, and changing nothing: the x of the call and its output, by the table's numbers."""
     seen, made = list[tuple[torch.Tensor, torch.Tensor]](), list[list[torch.Tensor | None]]()
@@ -204,7 +238,7 @@ def test_predictions_are_of_the_guided_output_and_of_the_steps_that_want_them() 
         assert torch.allclose(predicted[1], expected, atol=1e-4)
     plain = run(LatentPool(), [make_track(1, 1, steps=6), make_track(2, 2, steps=6), make_track(3, 1, steps=6)])
     for track, expected in zip(tracks, plain, strict=True):
-        assert torch.equal(pool.leave(track)[0], expected)
+        assert torch.equal(pool.state(track)[0], expected)
 
 
 @pytest.mark.parametrize("is_told", [False, True])
@@ -240,7 +274,7 @@ def test_rows_with_different_adapters_and_without_do_not_notice_each_other() -> 
             pool.join(track)
         while not some[0].is_done:
             pool.step(some, adapted_denoise, sum(track.rows for track in some) + padding)
-        return [pool.leave(track)[0] for track in some]
+        return taken(pool, some)
 
     together, left = stepped(tracks(), padding=2), tracks()
     for one, track in zip(together, tracks(), strict=True):

@@ -93,7 +93,7 @@ def run(pool: LatentPool, track: Track, evaluations: int) -> torch.Tensor:
     pool.join(track)
     for _ in range(evaluations):
         pool.step([track], denoise)
-    return pool.leave(track)[0]
+    return pool.state(track)[0]
 
 
 def interrupted(trajectory: Trajectory, evaluation: int, masked: Masked | None = None) -> torch.Tensor:
@@ -101,7 +101,7 @@ def interrupted(trajectory: Trajectory, evaluation: int, masked: Masked | None =
     pool.join(track)
     for _ in range(evaluation):
         pool.step([track], denoise)
-    latents, history = pool.leave(track)
+    latents, history = pool.state(track)
     draws = 1 + int(trajectory.draws[:evaluation].sum())
     state = ImageState(0, evaluation, track.steps_done(evaluation), draws, latents, history, masked)
     taken = Snapshot(resolved=resolved(), weights="abc", trajectory=trajectory, first=0, images=(state,)).cut()

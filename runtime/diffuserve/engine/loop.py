@@ -263,13 +263,18 @@ class DenoiseLoop:
             track.on_latents(self._leave(track)[0])
 
     def _leave(self, track: Track) -> tuple[torch.Tensor, torch.Tensor]:
-        """The track's latents and history; its place is free."""
+        """The track's latents and history; its place is free, also where there is no memory for them."""
+        try:
+            return self._pools[track.group].state(track)
+        finally:
+            self._remove(track)
+
+    def _remove(self, track: Track) -> None:
         del self._active[track.joined]
         pool = self._pools[track.group]
-        state = pool.leave(track)
+        pool.leave(track)
         if pool.is_empty and len(self._pools) > _IDLE_POOLS:
             del self._pools[track.group]
-        return state
 
     def _guarded(self, tracks: Sequence[Track], act: Callable[[], None]) -> None:
         """Do something for some tracks; if it raises, they leave with the error and the loop goes on."""
@@ -280,7 +285,7 @@ class DenoiseLoop:
                 _log.exception("a step failed")
             for track in tracks:
                 if self._active.get(track.joined) is track:
-                    self._leave(track)
+                    self._remove(track)
                 self._report(track.on_error, error)
 
     @staticmethod

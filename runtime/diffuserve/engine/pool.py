@@ -75,19 +75,22 @@ class LatentPool:
         return len(self._free) == self._capacity
 
     def join(self, track: Track) -> None:
-        """Give a track a slot; its latents move here."""
+        """Give a track a slot; its latents move here. Where that raises, all is as before."""
         if not self._free:
             self._grow(track)
-        slot = self._free.pop()
+        slot = self._free[-1]
         self._latents[slot] = track.latents
         self._history[slot] = 0
         if track.history is not None:
             self._history[slot, : len(track.history)] = track.history
-        track.slot, track.latents, track.history = slot, _MOVED, None
+        track.slot, track.latents, track.history = self._free.pop(), _MOVED, None
 
-    def leave(self, track: Track) -> tuple[torch.Tensor, torch.Tensor]:
-        """Free the slot; the image's latents [C, h, w] and its history [HISTORY, C, h, w]."""
-        latents, history = self._latents[track.slot].clone(), self._history[track.slot].clone()
+    def state(self, track: Track) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of an image's latents [C, h, w] and its history [HISTORY, C, h, w]."""
+        return self._latents[track.slot].clone(), self._history[track.slot].clone()
+
+    def leave(self, track: Track) -> None:
+        """Free the slot. This takes no memory, so that an image can leave when there is none."""
         self._free.append(track.slot)
         track.slot, track.control, track.adapter = -1, None, None
         self._batch = None
@@ -95,17 +98,17 @@ class LatentPool:
             self._control.release()
         if self._adapters is not None and self.is_empty:
             self._adapters.clear()
-        return latents, history
 
     def _grow(self, track: Track) -> None:
-        old, self._capacity = self._capacity, max(_FIRST_CAPACITY, 2 * self._capacity)
+        old, capacity = self._capacity, max(_FIRST_CAPACITY, 2 * self._capacity)
         shapes = (track.latents.shape, (HISTORY, *track.latents.shape))
-        grown = [torch.zeros(self._capacity, *shape, device=self._device) for shape in shapes]
+        grown = [torch.zeros(capacity, *shape, device=self._device) for shape in shapes]
         for new, tensor in zip(grown, (self._latents, self._history), strict=True):
             if old:
                 new[:old] = tensor
         self._latents, self._history = grown
-        self._free.extend(reversed(range(old, self._capacity)))
+        self._capacity = capacity
+        self._free.extend(reversed(range(old, capacity)))
 
     def step(self, tracks: Sequence[Track], denoise: Denoise, rows: int = 0) -> None:
         """One UNet evaluation of each track, in one call, and the update of Trajectory's docstring on all of them.

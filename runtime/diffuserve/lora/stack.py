@@ -37,7 +37,7 @@ class AdapterStack(Generic[K]):
         adapters = {one[0]: one[1] for one in rows if one is not None}
         if adapters.keys() != self._places.keys():
             vectors = [one.to(self._device)[None] for one in adapters.values()]
-            self._stacked = self._none  # the old one goes before the new one is made
+            self.clear()  # the old ones go before the new ones are made
             self._stacked = torch.cat([self._none, *vectors])
             self._places = {key: place for place, key in enumerate(adapters, start=1)}
         index = [0 if one is None else self._places[one[0]] for one in rows]

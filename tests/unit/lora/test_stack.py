@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
 from diffuserve.lora.stack import AdapterStack
@@ -37,3 +40,16 @@ def test_it_is_made_again_only_for_others() -> None:
     stack.inputs([row("a")])
     stack.clear()
     assert len(stack.inputs([None])["lora"]) == 1
+
+
+def test_it_is_made_again_where_there_was_no_memory_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any) -> torch.Tensor:
+        raise MemoryError
+
+    stack = AdapterStack[str](UNET)
+    stack.inputs([row("a")])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", no_memory)
+        with pytest.raises(MemoryError):
+            stack.inputs([row("b")])
+    assert stack.inputs([row("a")])["lora"][:, 0].tolist() == [0, ord("a")]
