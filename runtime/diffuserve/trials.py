@@ -7,6 +7,7 @@ from functools import partial
 from typing import Final
 
 from diffuserve.engine import CALIBRATION_ROWS, Group, Trial
+from diffuserve.errors import ComponentFailedError
 from diffuserve.keeper import Keeper
 from diffuserve.registry import CheckpointRegistry
 from diffuserve.spec import UNET
@@ -29,9 +30,13 @@ def trials(checkpoints: CheckpointRegistry, keeper: Keeper) -> Iterator[Trial]:
 
 
 def _tried(keeper: Keeper, name: str, run: Callable[[], object]) -> None:
-    """A trial keeps the components that it calls, and is no use of them."""
-    if keeper.hold(name):
-        try:
-            run()
-        finally:
-            keeper.let_go(name)
+    """A trial keeps the components that it calls, and is no use of them.
+
+    Raises ComponentFailedError where they have left since it was possible: what was not run must not be measured.
+    """
+    if not keeper.hold(name):
+        raise ComponentFailedError(f"{name} is not in memory", checkpoint=name)
+    try:
+        run()
+    finally:
+        keeper.let_go(name)
