@@ -29,7 +29,8 @@ _BREAK_WORD: Final = re.compile(r"\bBREAK\b")
 _AND: Final = re.compile(r"\bAND\b")
 _NETWORK: Final = re.compile(r"<\w+:[^<>]+>")
 _MARKS: Final = re.compile(r"\\.|[\[\]|:]", re.DOTALL)
-_NUMBER: Final = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
+# One way only to read a run of digits: with two, a long one that is followed by no number takes its square.
+_NUMBER: Final = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 @dataclass(frozen=True, slots=True)

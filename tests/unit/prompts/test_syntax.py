@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from diffuserve.errors import DiffuserveError, InvalidArgumentError, UnsupportedError
@@ -131,6 +133,13 @@ def test_what_makes_more_than_one_prompt_is_refused(text: str, said: str) -> Non
 )
 def test_what_only_looks_like_it_is_read(text: str) -> None:
     assert parse_a1111(text, "prompt")
+
+
+@pytest.mark.parametrize("digits", ["1" * 8000, "1" * 4000 + "." + "1" * 4000, "1e" + "1" * 8000, " " * 8000 + "1"])
+def test_what_almost_is_a_number_takes_no_long_time(digits: str) -> None:
+    started = time.process_time()
+    assert parse_a1111(f"[:{digits}x]", "prompt")
+    assert time.process_time() - started < 0.3
 
 
 def test_and_is_a_word_in_a_negative_prompt() -> None:
