@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from diffuserve.errors import InvalidArgumentError, UnsupportedError
+from diffuserve.request import MAX_STEPS
 from diffuserve.sampling import SAMPLERS, CompileError, TrajectoryCompiler, compile_trajectory, make_scheduler
+from diffuserve.sampling.compile import _skipped
 from diffuserve.sampling.matrix import REFERENCE as SD15
 
 
@@ -51,6 +54,15 @@ def test_tables_may_be_asked_for_from_several_threads() -> None:
         alone = TrajectoryCompiler(SD15)(sampler, steps)
         assert np.array_equal(table.coefficients(), alone.coefficients())
         assert np.array_equal(table.draws, alone.draws)
+
+
+def test_the_strength_that_a_refusal_names_is_enough() -> None:
+    for steps in range(1, MAX_STEPS + 1):
+        with pytest.raises(CompileError) as refused:
+            _skipped(steps, 0.9 / steps)
+        told = re.search(r"a strength of (\S+) at least", refused.value.message)
+        assert told is not None
+        assert _skipped(steps, float(told[1])) == steps - 1
 
 
 @pytest.mark.parametrize("option", ["clip_sample", "thresholding"])

@@ -9,6 +9,7 @@ numbers (a, b, c) that make the same vector from the latents before and the shor
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -346,8 +347,9 @@ def compile_trajectory(
 def _skipped(steps: int, strength: float) -> int:
     left = min(int(steps * strength), steps)
     if left < 1:
+        enough = math.ceil(1000 / steps) / 1000  # rounded up: a third of 3 steps is a step, and 0.333 of them is none
         raise CompileError(
-            f"strength {strength:g} of {steps} steps leaves no step to be made; give a strength of {1 / steps:.3g} at "
+            f"strength {strength:g} of {steps} steps leaves no step to be made; give a strength of {enough:g} at "
             "least, or more steps",
             strength=strength,
             steps=steps,
