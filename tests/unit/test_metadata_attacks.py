@@ -108,6 +108,16 @@ def test_records_that_no_client_wrote(change: dict[str, Any], said: str, tmp_pat
     assert said in caught.value.message
 
 
+@pytest.mark.parametrize(
+    "pictures", [[[1, 2]], [[1, 2], ["x", 3]], [["init_image", "0"]], "ab", 3, {"init_image": 3}, {"init_image": None}]
+)
+def test_digests_that_no_client_wrote(pictures: object, tmp_path: Path) -> None:
+    content = json.loads(record().to_json()) | {"pictures": pictures}
+    path = written(tmp_path, with_text(b"iTXt", b"diffuserve\0\0\0\0\0" + json.dumps(content).encode()))
+    with pytest.raises(InvalidArgumentError, match="its record is damaged"):
+        GenerateRequest.from_image(path)
+
+
 def test_a_long_line_takes_no_long_time() -> None:
     for line in ("a" * 8000, 'ab:"\\",' * 1100, "a:" * 4000, '"' * 8000, "a " * 4000):
         started = time.monotonic()

@@ -87,9 +87,11 @@ class Record:
             content = json.loads(text)
             version, parameters, pictures = (content[name] for name in ("diffuserve", "parameters", "pictures"))
             known = {name: value for name, value in parameters.items() if name not in _TOLD}
-            digests = None if pictures is None else dict(pictures)
+            digests = None if pictures is None else dict(pictures.items())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError("its record is damaged") from error
+        if not all(isinstance(digest, str) for digest in (digests or {}).values()):
+            raise ValueError("its record is damaged")
         if "prompt" not in known:
             raise ValueError("its record has no prompt")
         if strange := sorted({*known, *(digests or ())} - {*_RECORDED, *INPUT_PICTURES}):
