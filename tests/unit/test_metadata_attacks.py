@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
 import zlib
 from contextlib import suppress
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.metadata import png, read_record, with_record
+from diffuserve.metadata.exif import exif_texts
 from diffuserve.metadata.infotext import parameters_from_infotext
 from diffuserve.request import GenerateRequest
 from unit.metadata_cases import encoded, record, written
@@ -116,6 +118,17 @@ def test_digests_that_no_client_wrote(pictures: object, tmp_path: Path) -> None:
     path = written(tmp_path, with_text(b"iTXt", b"diffuserve\0\0\0\0\0" + json.dumps(content).encode()))
     with pytest.raises(InvalidArgumentError, match="its record is damaged"):
         GenerateRequest.from_image(path)
+
+
+def test_a_comment_that_comes_again_and_again_is_read_once() -> None:
+    first, count, padding = b"ASCII\0\0\0red", 2000, bytes(4 << 20)
+    begin = 28 + 12 * count
+    block = b"MM\0*" + struct.pack(">IHHHIII", 8, 1, 0x8769, 4, 1, 26, 0) + struct.pack(">H", count)
+    block += struct.pack(">HHII", 0x9286, 7, len(first), begin)
+    block += struct.pack(">HHII", 0x9286, 7, len(padding), begin) * (count - 1)
+    started = time.process_time()
+    assert exif_texts(block + first + padding) == ("red", None)
+    assert time.process_time() - started < 0.3
 
 
 def test_a_long_line_takes_no_long_time() -> None:

@@ -65,12 +65,15 @@ def exif_texts(block: bytes) -> ExifTexts:
 
 
 def _directory(block: bytes, order: str, position: int) -> Mapping[int, bytes]:
-    """A directory's values that we know, by their tags. Raises struct.error beyond the block."""
+    """A directory's values that we know, by their tags. Raises struct.error beyond the block.
+
+    Of a tag that comes again the first counts: thousands of them may each have the whole block as their value.
+    """
     (count,) = struct.unpack_from(f"{order}H", block, position)
     values = {}
     for entry in range(position + 2, position + 2 + 12 * count, 12):
         tag, kind, length = struct.unpack_from(f"{order}HHI", block, entry)
-        if tag not in (_EXIF_DIRECTORY, _USER_COMMENT, _MAKER_NOTE):
+        if tag not in (_EXIF_DIRECTORY, _USER_COMMENT, _MAKER_NOTE) or tag in values:
             continue
         size = length * _BYTES_OF_TYPE.get(kind, 1)
         # What fits in four bytes is in the entry itself.
