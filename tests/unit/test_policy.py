@@ -424,14 +424,28 @@ def test_forecasts_know_what_long_prompts_make_of_a_call() -> None:
 def test_a_machine_that_became_slower_makes_every_estimate_longer_by_half_of_it() -> None:
     known = costs()
     before = {rows: known.seconds(GROUPS[0], rows) for rows in (2, 8, 64)}
-    for _ in range(40):
+    for _ in range(100):
         known.observe(GROUPS[0], 2, before[2])
-    for _ in range(10):
+    for _ in range(40):
         known.observe(GROUPS[0], 2, 1.44 * before[2])
     assert known.seconds(GROUPS[0], 8) == pytest.approx(1.2 * before[8])
     assert known.seconds(GROUPS[0], 64) == pytest.approx(1.2 * before[64])
-    for _ in range(100):
+    for _ in range(200):
         known.observe(GROUPS[0], 2, 1.44 * before[2])
     # What lasts is usual for what it was measured on, and others are as they were.
     assert known.seconds(GROUPS[0], 2) == pytest.approx(1.44 * before[2])
     assert known.seconds(GROUPS[0], 64) == pytest.approx(before[64])
+
+
+def test_short_requests_are_told_what_short_ones_took_and_long_ones_what_long_ones_took() -> None:
+    known = costs()
+    for _ in range(7):
+        known.observe_request("", 4, 0.0, forecast=1.0, actual=1.2)
+    assert known.corrected(2.0, 4) == 2.0, "too few are chance"
+    known.observe_request("", 4, 0.0, forecast=1.0, actual=1.2)
+    assert known.corrected(2.0, 50) == pytest.approx(2.4), "better than nothing"
+    for _ in range(9):
+        known.observe_request("", 50, 0.0, forecast=1.0, actual=1.5)
+    assert known.corrected(2.0, 5) == pytest.approx(2.4)
+    assert known.corrected(2.0, 40) == pytest.approx(3.0)
+    assert known.corrected(2.0) == pytest.approx(3.0), "the usual one of all"

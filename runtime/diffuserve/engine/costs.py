@@ -15,12 +15,13 @@ import numpy as np
 __all__ = ["CALIBRATION_ROWS", "Group", "Medians", "StepCosts"]
 
 _WINDOW: Final = 9  # measurements of one kind that are remembered; their median is the estimate
-_CALLS_WINDOW: Final = 33  # the same for UNet calls of one row count
+_CALLS_WINDOW: Final = 129  # the same for UNet calls of one row count
 _GROUPS: Final = 512  # that are remembered: clients choose the sizes, and there are thousands
-_LATELY: Final = 10  # calls that tell how fast the machine is now
+_LATELY: Final = 64  # calls that tell how fast the machine is now
 _UNMEASURED_S: Final = 0.1  # one row at 512x512, before anything was measured
 _UNMEASURED_PIXELS: Final = 512 * 512
 _FRESH: Final = 16  # measurements after which decisions are made anew; one by one they only show noise
+_ANY_LENGTH: Final = 0  # of requests: whatever their steps
 _FIXED_SHARE: Final = 0.3  # of a call's time, where one row count only was measured
 CALIBRATION_ROWS: Final = (1, 2, 4, 8, 16, 32, 64)
 
@@ -126,7 +127,7 @@ class StepCosts:
         self._pace = 1.0
         self._around_steps = Medians()
         # Of many requests: who comes beside one is chance, and only what is usual is to be learnt.
-        self._optimism = Medians(kinds=1, window=41, at_least=8)
+        self._optimism = Medians(window=41, at_least=8)
         self._efficient: dict[tuple[Group, int, float], int] = {}
         self._news = 0
 
@@ -198,18 +199,22 @@ class StepCosts:
         nearest = self._nearest(group)
         return (0.0, 0.0) if nearest is None else nearest[1].line()
 
-    def observe_request(self, kind: Hashable, around: float, forecast: float, actual: float) -> None:
-        """Remember a request that is done: the seconds that it spent outside of stepping, and all of its seconds
-        beside what had been forecast.
+    def observe_request(self, kind: Hashable, steps: int, around: float, forecast: float, actual: float) -> None:
+        """Remember a request of so many UNet calls that is done: the seconds that it spent outside of stepping, and all
+        of its seconds beside what had been forecast.
         """
         self._around_steps.observe(kind, around)
         if forecast > 0:
-            self._optimism.observe("", min(max(actual / forecast, 0.5), 4.0))
+            for length in (_ANY_LENGTH, steps.bit_length()):
+                self._optimism.observe(length, min(max(actual / forecast, 0.5), 4.0))
 
     def around(self, kind: Hashable) -> float:
         """Seconds that requests of a kind spend outside of stepping: text encoding, VAE decoding, the image file."""
         return self._around_steps.get(kind)
 
-    def corrected(self, forecast: float) -> float:
-        """A forecast made as long as requests lately turned out to be: it knows nothing of those still to come."""
-        return forecast * self._optimism.get("", 1.0)
+    def corrected(self, forecast: float, steps: int = _ANY_LENGTH) -> float:
+        """A forecast made as long as requests lately turned out to be: it knows nothing of those still to come, which
+        long ones meet more of, nor that first calls after a pause take longer, which short ones have more of. So it is
+        as those of about as many steps turned out, within a factor of two, once there were some.
+        """
+        return forecast * self._optimism.get(steps.bit_length(), self._optimism.get(_ANY_LENGTH, 1.0))

@@ -93,6 +93,11 @@ def kind_of(demands: Sequence[Demand]) -> Hashable:
     return demands[0].group, len(demands)
 
 
+def most_calls(demands: Sequence[Demand]) -> int:
+    """UNet calls until the last image is done."""
+    return max(one.remaining for one in demands)
+
+
 @dataclass(slots=True, kw_only=True)
 class StepPolicy:
     """Admission, and the choice of each UNet call's rows. The only place that decides; not thread safe.
@@ -158,7 +163,7 @@ class StepPolicy:
             )
         stepping = forecast([*present, *demands], self.calls_of, demands, sharing, self.adapter_cap).latest
         raw = stepping + self.costs.around(kind_of(demands))
-        eta = Eta(self.costs.corrected(raw), raw, len(present) + len(demands))
+        eta = Eta(self.costs.corrected(raw, most_calls(demands)), raw, len(present) + len(demands))
         if deadline is not None and now + eta.seconds > deadline:
             raise DeadlineError(
                 f"the request would be done in {eta.seconds:.2f} s, after its deadline of {deadline - now:.2f} s; "
@@ -170,7 +175,7 @@ class StepPolicy:
 
     def learn(self, demands: Sequence[Demand], eta: Eta, around: float, actual: float) -> None:
         """A request that was admitted with `eta` is done, after `actual` seconds, `around` of them without stepping."""
-        self.costs.observe_request(kind_of(demands), around, eta.raw, actual)
+        self.costs.observe_request(kind_of(demands), most_calls(demands), around, eta.raw, actual)
 
     @staticmethod
     def is_late(deadline: float | None, now: float) -> bool:
