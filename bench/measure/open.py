@@ -59,14 +59,21 @@ def open_table(pairs: Sequence[OpenPair], seeds: Sequence[int], names: tuple[str
 
 
 def eta_line(pairs: Sequence[OpenPair]) -> str:
-    """How far the times that admission predicted were from what came."""
+    """How far the times that admission predicted were from what came, and how far apart alike requests are anyway."""
     infos = [picture.info for pair in pairs for picture in pair.ours.pictures]
     errors = list[float]()
+    alike: dict[tuple[int, bool], list[float]] = {}
     for info in infos:
-        predicted = info.get("eta_s")
-        if predicted is not None:
-            total = info["queued_s"] + info["run_s"]
+        total = info["queued_s"] + info["run_s"]
+        alike.setdefault((info["steps"], info["guidance_scale"] > 1.0), []).append(total)
+        if (predicted := info.get("eta_s")) is not None:
             errors.append(abs(predicted - total) / total)
     if not errors:
         return "Error of the predicted time: not measured, the pictures' info holds no eta_s."
-    return f"Error of the predicted time: {statistics.median(errors):.0%} in the median of {len(errors)} requests."
+    spread = statistics.median(
+        abs(total / statistics.median(totals) - 1.0) for totals in alike.values() for total in totals
+    )
+    return (
+        f"Error of the predicted time: {statistics.median(errors):.0%} in the median of {len(errors)} requests. "
+        f"Requests of the same steps, guided alike, were {spread:.0%} from their own median."
+    )
