@@ -151,10 +151,15 @@ class Job:
         self._send(self._event("image", index, self.beginning.trajectory.steps, data, info), image=True)
 
     def fail(self, error: BaseException) -> None:
+        """End with an error, unless it has ended. Never raises."""
         ours = error if isinstance(error, DiffuserveError) else InternalError(f"a bug in the server: {error!r}")
         with self._lock:
-            if self._end(ours.code):
+            if not self._end(ours.code):
+                return
+            try:
                 self._reply.fail(ours)
+            except Exception:  # there is no other way to this client, and others' requests are not to suffer for it
+                _log.exception("an error could not be sent", extra={"request_id": self.request_id})
 
     def guarded(self, act: Callable[[], None]) -> bool:
         """Do something for it; if that raises, the request ends with the error. Whether it went well."""

@@ -24,7 +24,7 @@ from diffuserve.beginnings import Beginnings, demands
 from diffuserve.checkpoint import Checkpoint
 from diffuserve.components import ComponentRunner
 from diffuserve.engine import Demand, DenoiseLoop, Group, LoopCheckpoint, StepCosts, StepPolicy
-from diffuserve.errors import DiffuserveError, DrainingError
+from diffuserve.errors import DrainingError
 from diffuserve.heartbeats import Heartbeats
 from diffuserve.job import Job, Reply, shutting_down
 from diffuserve.keeper import Keeper, ModelControl, Unmanaged
@@ -189,10 +189,14 @@ class DiffusionService:
             self._jobs.add(job)
             self._unprepared.append(job)
             self._report_load()
+        job.guarded(partial(self._enter, job))
+
+    def _enter(self, job: Job) -> None:
+        """A request is accepted: from here on, its job answers for it."""
         self.heartbeats.add(job)
         self._telemetry.accepted(job.request_id, job.resolved.checkpoint, job.eta.seconds)
         job.stay.on_ready = partial(self._prepare_soon, job)
-        job.stay.on_failed = partial(self._give_up, job)
+        job.stay.on_failed = job.fail
         self._keeper.enter(job.stay)
         if not job.stay.is_inside:
             job.tell_queued()
@@ -201,21 +205,12 @@ class DiffusionService:
         if not self._prepare.submit(job.urgency, self._prepare_waiting):
             job.fail(shutting_down())
 
-    def _give_up(self, job: Job, error: BaseException) -> None:
-        """A request ends that waited for components."""
-        with self._lock:
-            self._unprepared = [one for one in self._unprepared if one is not job]
-        job.fail(error)
-
     def _look(self) -> None:
         """End those that wait for components, and whose clients or deadlines do not."""
         with self._lock:
             waiting = [job for job in self._unprepared if not job.stay.is_inside]
         for job in waiting:
-            try:
-                job.check()
-            except DiffuserveError as error:
-                self._give_up(job, error)
+            job.guarded(job.check)
 
     def drain(self, grace: float) -> None:
         """Take no new requests, and return when the last one under way has ended.
@@ -227,7 +222,7 @@ class DiffusionService:
             self._changed.wait_for(lambda: not self._jobs, grace)
             unprepared, self._unprepared = self._unprepared, []
         for job in unprepared:
-            job.suspend(*job.beginning.images)
+            job.guarded(partial(job.suspend, *job.beginning.images))
         self.loop.suspend()
         with self._changed:
             self._changed.wait_for(lambda: not self._jobs)
@@ -258,7 +253,7 @@ class DiffusionService:
         with self._lock:
             waiting = [job for job in self._unprepared if not job.stay.is_inside]
         for job in waiting:
-            self._give_up(job, shutting_down())
+            job.fail(shutting_down())
         self._keeper.close()
         self._prepare.close()
         self.loop.close()
@@ -270,6 +265,7 @@ class DiffusionService:
     def _ended(self, job: Job, outcome: str) -> None:
         with self._lock:
             self._jobs.discard(job)
+            self._unprepared = [one for one in self._unprepared if one is not job]
             is_others_turn = self._room.release(job) and bool(self._unprepared)
             seconds = time.monotonic() - job.accepted_at
             if outcome == "done" and not job.stay.waited:  # what loads take is no part of what requests do

@@ -158,7 +158,7 @@ class DiffusionModel:
             parameters = json.loads(request.parameters() or "{}")
             operation = wire.decode_operation(tensors, parameters)
             if operation is not None:
-                self._operate(operation, reply)
+                self._operate(operation, reply, request_id)
                 return
             trace = _trace_context(request)
             if trace:
@@ -167,7 +167,7 @@ class DiffusionModel:
         except Exception as error:
             self._refuse(reply, request_id, error)
 
-    def _operate(self, operation: wire.Operation, reply: TritonReply) -> None:
+    def _operate(self, operation: wire.Operation, reply: TritonReply, request_id: str) -> None:
         """Answer an operation; a drain is answered when it is over."""
         if operation.name == "status":
             reply.send(_status(self._service), final=True)
@@ -179,8 +179,11 @@ class DiffusionModel:
             )
 
         def drain() -> None:
-            self._service.drain(operation.grace_s)
-            reply.send(_status(self._service), final=True)
+            try:
+                self._service.drain(operation.grace_s)
+                reply.send(_status(self._service), final=True)
+            except Exception as error:
+                self._refuse(reply, request_id, error)
 
         threading.Thread(target=drain, name="drain", daemon=True).start()
 
@@ -190,7 +193,10 @@ class DiffusionModel:
             error = errors.InternalError(f"a bug in the server: {error!r}")
         _log.info("request refused", extra={"request_id": request_id, "outcome": error.code, "reason": error.message})
         self._telemetry.refused(error.code)
-        reply.fail(error)
+        try:
+            reply.fail(error)
+        except Exception:  # there is no other way to this client, and others' requests are not to suffer for it
+            _log.exception("a refusal could not be sent", extra={"request_id": request_id})
 
     def finalize(self) -> None:
         self._opening.cancel()

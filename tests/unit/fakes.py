@@ -149,3 +149,14 @@ class Recorder:
     def wait(self) -> Any:
         assert self.ended.wait(20), "the request never ended"
         return self
+
+
+class Unreachable(Recorder):
+    """A Reply whose client can be told nothing: where memory is short, both answers and errors are refused."""
+
+    def send(self, event: Event, *, final: bool) -> None:
+        raise RuntimeError("Failed to increase the shared memory pool size")
+
+    def fail(self, error: DiffuserveError) -> None:
+        super().fail(error)
+        raise RuntimeError("Failed to increase the shared memory pool size")

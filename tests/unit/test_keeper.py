@@ -20,7 +20,7 @@ from diffuserve.server.errors import ServerSetupError
 from diffuserve.server.options import ServerOptions
 from diffuserve.service import DiffusionService
 from diffuserve.sharing import SharingOptions, models_of
-from unit.fakes import FakeModels, Recorder, write_deployment
+from unit.fakes import FakeModels, Recorder, Unreachable, write_deployment
 
 GB = 10**9
 
@@ -178,6 +178,25 @@ def test_a_drain_hands_over_those_that_wait_for_a_load(make: Make, control: Cont
     reply = ask(service, "a")
     service.drain(0.0)
     assert reply.wait().events[-1].kind == "snapshot"
+
+
+def test_a_drain_is_not_stopped_by_a_client_that_cannot_be_told(make: Make, control: Control) -> None:
+    service, gone = make(), Unreachable()
+    control.may_load.clear()
+    service.submit(GenerateRequest(prompt="red", steps=3, checkpoint="a"), gone)
+    other = ask(service, "a")
+    service.drain(0.0)
+    assert other.wait().events[-1].kind == "snapshot"
+
+
+def test_one_that_cannot_be_told_that_it_waits_ends_and_is_kept_nowhere(make: Make, control: Control) -> None:
+    service, gone = make(), Unreachable()
+    control.may_load.clear()
+    service.submit(GenerateRequest(prompt="red", steps=3, checkpoint="a", progress_every=1), gone)
+    assert "shared memory" in str(gone.wait().error)
+    assert not service._jobs
+    assert not service._unprepared
+    assert told(service, "a")["waiting"] == 0
 
 
 def test_closing_ends_those_that_wait_for_a_load(make: Make, control: Control) -> None:

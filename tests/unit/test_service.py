@@ -31,7 +31,7 @@ from diffuserve.errors import (
 )
 from diffuserve.request import GenerateRequest, ResolvedRequest
 from diffuserve.service import DiffusionService
-from unit.fakes import FakeModels, Recorder, write_deployment
+from unit.fakes import FakeModels, Recorder, Unreachable, write_deployment
 
 
 @pytest.fixture
@@ -318,6 +318,19 @@ def test_the_loop_outlives_a_bug_in_a_decision(service: DiffusionService, monkey
         patch.setattr(StepPolicy, "choose", lambda *_: 1 / 0)
         assert isinstance(ask(service).wait().error, InternalError)
     assert ask(service).wait().error is None
+
+
+def test_a_client_that_cannot_be_told_takes_nobody_along(service: DiffusionService) -> None:
+    may_prepare = threading.Event()
+    service._prepare.submit((-1e9,), may_prepare.wait)
+    gone = Unreachable()
+    gone.cancelled = True
+    service.submit(GenerateRequest(prompt="a red circle"), gone)
+    other = ask(service)
+    may_prepare.set()
+    assert other.wait().error is None
+    assert isinstance(gone.error, CancelledError)
+    assert not service._jobs
 
 
 def test_an_overflow_is_reported_instead_of_a_black_picture(service: DiffusionService, models: FakeModels) -> None:

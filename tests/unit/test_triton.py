@@ -16,7 +16,10 @@ import torch
 from diffuserve.errors import ComponentFailedError, InternalError
 from diffuserve.manifest import Component, TensorShape
 from diffuserve.request import Event
+from diffuserve.telemetry import Telemetry
+from diffuserve.wire import Operation
 from unit.fake_backend import Tensor
+from unit.fakes import Unreachable
 
 #: Those that import Triton's.
 MODULES = ("diffuserve.triton", "diffuserve.bls", "diffuserve.triton_metrics", "diffuserve.triton_reply")
@@ -256,6 +259,22 @@ def test_a_picture_that_triton_cannot_take_ends_the_request_with_an_error(triton
         assert text.startswith("[internal] a response cannot be handed to Triton (Failed to increase the shared memory")
     finally:
         watch.close()
+
+
+def test_an_operation_that_fails_is_answered_and_a_refusal_that_cannot_be_sent_is_logged(
+    triton: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def drain(grace: float) -> None:
+        raise RuntimeError("a bug")
+
+    model, reply = triton.DiffusionModel(), Unreachable()
+    model._token, model._telemetry, model._service = b"secret", Telemetry(), SimpleNamespace(drain=drain)
+    model._operate(Operation("drain", token="secret", grace_s=0.0), reply, "r-1")
+    for thread in (one for one in threading.enumerate() if one.name == "drain"):
+        thread.join(20)
+    assert isinstance(reply.error, InternalError)
+    (told,) = [one for one in caplog.records if one.message == "a refusal could not be sent"]
+    assert vars(told)["request_id"] == "r-1"
 
 
 class Sender:
