@@ -266,19 +266,23 @@ class Keeper:
             stay.on_ready()
 
     def _act(self, action: Action) -> None:
-        began, error = self._clock(), None
+        began, done = self._clock(), list[str]()
+        error: DiffuserveError | None = None
         _log.info("%sing %s", action.kind, action.checkpoint, extra={"checkpoint": action.checkpoint})
-        done: list[str] = []
         try:
             for model in action.models:
                 (self._control.load if action.kind == "load" else self._control.unload)(model)
                 done.append(model)
         except DiffuserveError as raised:
             error = raised
-            _log.error("%s cannot be %sed: %s", action.checkpoint, action.kind, raised.message)
+        except Exception as raised:  # what is under way must end, or nothing is loaded any more
+            _log.exception("a bug while models come and go")
+            error = ComponentFailedError(f"{model}: {raised!r}")
+        if error is not None:
+            _log.error("%s cannot be %sed: %s", action.checkpoint, action.kind, error.message)
         if error is not None and action.kind == "load":
             for model in done:
-                with suppress(DiffuserveError):
+                with suppress(Exception):
                     self._control.unload(model)
         self._done(action, self._clock() - began, error if action.kind == "load" else None)
 

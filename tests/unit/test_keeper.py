@@ -32,6 +32,7 @@ class Control:
         self.ready: set[str] = set()
         self.did: list[str] = []
         self.fails: dict[str, str] = {}
+        self.raises: Exception | None = None
         self.may_load = threading.Event()
         self.may_load.set()
         self.loading = threading.Event()
@@ -40,6 +41,8 @@ class Control:
         self.did.append(f"load {model}")
         self.loading.set()
         assert self.may_load.wait(20)
+        if self.raises is not None:
+            raise self.raises
         if model in self.fails:
             raise ComponentFailedError(self.fails[model], component=model)
         self.ready.add(model)
@@ -153,6 +156,17 @@ def test_a_load_that_fails_ends_its_requests_alone_and_is_tried_again(make: Make
     assert "is missing" in told(service, "b")["error"]
     control.fails.clear()
     until(lambda: "error" not in told(service, "b"))
+    assert ask(service, "b").wait().error is None
+
+
+def test_a_bug_in_a_load_fails_it_and_others_are_loaded(make: Make, control: Control) -> None:
+    service = make()
+    control.raises = PermissionError(13, "Permission denied")
+    error = ask(service, "a").wait().error
+    assert isinstance(error, ComponentFailedError)
+    assert "a cannot be loaded: " in error.message
+    assert "PermissionError(13, 'Permission denied')" in error.message
+    control.raises = None
     assert ask(service, "b").wait().error is None
 
 
