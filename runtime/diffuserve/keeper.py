@@ -111,7 +111,9 @@ class Keeper:
         with self._changed:
             self._residency.check(name)
             if self._residency.is_refused(name, self._clock()):
-                raise self._errors[name]
+                error = self._errors[name]
+                # A new one each time: one that is raised again remembers all who raised it, with their pictures.
+                raise ComponentFailedError(error.message, **error.detail)
 
     def wait(self, name: str) -> float:
         """The seconds until a request that comes now may run, as far as can be told."""

@@ -153,6 +153,7 @@ def test_a_load_that_fails_ends_its_requests_alone_and_is_tried_again(make: Make
     assert served.wait().error is None
     with pytest.raises(ComponentFailedError, match=r"model\.onnx is missing"):
         ask(service, "b")
+    assert error.__traceback__ is None, "an error that is kept must not keep those that it was raised through"
     assert "is missing" in told(service, "b")["error"]
     control.fails.clear()
     until(lambda: "error" not in told(service, "b"))
