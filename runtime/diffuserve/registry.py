@@ -15,19 +15,24 @@ class CheckpointRegistry(Mapping[str, Checkpoint]):
     """Checkpoints by name, the default first. Whoever reads sees the old set or the new one, and never waits.
 
     One that is removed takes no new requests. It is still found by its name, for those of its that are under way;
-    hence a name is never given to another: a new version of a checkpoint has a name of its own.
+    hence a name is never given to another: a new version of a checkpoint has a name of its own. Only one that never
+    worked may be replaced.
     """
 
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
         self._now: Mapping[str, Checkpoint] = {one.name: one for one in checkpoints}
         self._retired: Mapping[str, Checkpoint] = {}
+        self._forgotten: Mapping[str, Checkpoint] = {}
         self._lock = threading.Lock()
-        #: Called after each change, with the checkpoint and whether it is there now, by the thread that made it.
+        #: Called before one is there for requests, and after it is there no more (False), by the thread that has it so.
         self.listeners: list[Callable[[Checkpoint, bool], None]] = []
 
     def __getitem__(self, name: str) -> Checkpoint:
-        checkpoint = self._now.get(name)
-        return self._retired[name] if checkpoint is None else checkpoint
+        checkpoint = self._now.get(name) or self._retired.get(name)
+        return self._forgotten[name] if checkpoint is None else checkpoint
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._now
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._now)
@@ -59,8 +64,8 @@ class CheckpointRegistry(Mapping[str, Checkpoint]):
             known = self._now.get(name) or self._retired.get(name)
             if known is not None and known.manifest.key != checkpoint.manifest.key:
                 raise ValueError(f"{name} is another export's name here; give the new version a name of its own")
+            self._tell(checkpoint, True)
             self._now = {**self._now, name: checkpoint}
-        self._tell(checkpoint, True)
 
     def remove(self, name: str) -> None:
         """Have a checkpoint's new requests refused. Raises KeyError where it is not there, ValueError for the last."""
@@ -78,6 +83,7 @@ class CheckpointRegistry(Mapping[str, Checkpoint]):
         with self._lock:
             left = dict(self._now)
             checkpoint = left.pop(name)
+            self._forgotten = {**self._forgotten, name: checkpoint}
             self._now = left
         self._tell(checkpoint, False)
 

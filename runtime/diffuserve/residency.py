@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from diffuserve.errors import UnsupportedError
@@ -97,8 +97,14 @@ class Residency:
         self._bytes_a_second = 0.0
 
     def add(self, name: str, models: Mapping[str, int], *, pinned: bool = False) -> None:
-        """Have a checkpoint, with the bytes that each of its Triton models takes; none of it is in memory."""
-        self._ones[name] = _One(dict(models), pinned)
+        """Have a checkpoint, with the bytes that each of its Triton models takes; none of it is in memory.
+
+        One that comes again is tried at once, and has the requests that it had.
+        """
+        known = self._ones.get(name, _One(models, pinned))
+        self._ones[name] = replace(
+            known, models=dict(models), pinned=pinned, retired=False, failed=False, refused_until=-math.inf
+        )
 
     def retire(self, name: str) -> None:
         """Take no new requests of a checkpoint; it leaves with its last one."""

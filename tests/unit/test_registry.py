@@ -43,11 +43,21 @@ def test_what_is_forgotten_leaves_its_name_to_another_export(checkpoints: list[C
     registry.add(checkpoints[1])
     registry.forget("second")
     assert "second" not in registry
+    assert registry["second"] is checkpoints[1], "requests that came meanwhile end with it"
     other = Checkpoint.__new__(Checkpoint)
     other.name, other.manifest = "second", replace(checkpoints[1].manifest, key="another")
     registry.add(other)
     assert registry.find("second") is other
     assert told == [("second", True), ("second", False), ("second", True)]
+
+
+def test_whoever_is_told_of_one_that_comes_is_told_before_anybody_can_ask_for_it(checkpoints: list[Checkpoint]) -> None:
+    registry, seen = CheckpointRegistry(checkpoints[:2]), list[bool]()
+    registry.listeners.append(lambda one, _: seen.append(one.name in registry))
+    registry.add(checkpoints[2])
+    registry.remove("first")
+    registry.forget("third")
+    assert seen == [False, False, False]
 
 
 def test_the_last_one_stays_and_a_name_keeps_its_export(checkpoints: list[Checkpoint]) -> None:

@@ -229,3 +229,19 @@ def test_a_server_begins_with_what_is_pinned_and_what_fits() -> None:
     assert first_residents(models, (), None) == ("a", "b", "c")
     assert first_residents(models, (), 16) == ("a", "c")
     assert first_residents(models, ("b",), 16) == ("b",)
+
+
+def test_one_that_comes_again_has_the_requests_that_it_had() -> None:
+    residency = Residency(Limits(retry=60.0))
+    residency.add("a", {"old": 1})
+    assert not residency.enter("a", 0.0)
+    action = residency.decide(0.0)
+    assert action is not None
+    residency.done(action, 1.0, 1.0, failed=True)
+    residency.retire("a")
+    residency.add("a", {"new": 2})
+    assert residency.decide(1.0) == Action("load", "a", ("new",)), "somebody waits for it, and no failure is its own"
+    residency.done(Action("load", "a", ("new",)), 2.0, 1.0)
+    assert residency.let_in("a")
+    residency.leave("a", 3.0, inside=True)
+    assert residency.status("a", 3.0)["requests"] == residency.status("a", 3.0)["waiting"] == 0
