@@ -1,7 +1,8 @@
 """Requests with pictures, snapshots or LoRAs, read beside Triton's thread and within a limit of memory.
 
-Triton calls the model on one thread. A picture of 4096 x 4096 pixels takes half a second to decode, and a large file
-of LoRA as long to read. While that thread is busy no request is accepted and nobody is told how the server is.
+Triton calls the model on one thread. A picture of 4096 x 4096 pixels takes half a second to decode, also where its file
+has 2 kB, and a large file of LoRA as long to read. While that thread is busy no request is accepted and nobody is told
+how the server is.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ __all__ = ["MAX_GIVEN_BYTES", "Admission"]
 
 #: Of all pictures and snapshots that requests in the server came with. So many are read within the clients' patience.
 MAX_GIVEN_BYTES: Final = 256 << 20
-_LARGE_BYTES: Final = 64 << 10
 _WORKERS: Final = 2
 
 
@@ -34,9 +34,9 @@ class Submit(Protocol):
 
 
 class Admission:
-    """Submits requests to a service; large ones, and those with LoRAs, from threads of its own.
+    """Submits requests to a service; those with something to read from threads of its own.
 
-    `refused` is told of a large one that the service did not accept. `heartbeats` beat for those that wait to be read,
+    `refused` is told of one of these that the service did not accept. `heartbeats` beat for those that wait to be read,
     as for those that the service has.
     """
 
@@ -49,11 +49,11 @@ class Admission:
         self._lock = threading.Lock()
 
     def submit(self, request: GenerateRequest, reply: Reply, *, request_id: str, trace: object | None) -> None:
-        """Raises what the service raises for a small request; for a large one InvalidArgumentError,
+        """Raises what the service raises for a request with nothing to read; for another InvalidArgumentError,
         QueueFullError or CancelledError.
         """
         size = request.given_bytes
-        if size < _LARGE_BYTES and not request.loras:
+        if not size and not request.loras:
             self._submit(request, reply, request_id=request_id, trace=trace)
             return
         self._hold(size)

@@ -18,7 +18,7 @@ from diffuserve.heartbeats import Heartbeats
 from diffuserve.request import Event, GenerateRequest
 from unit.fakes import Recorder
 
-SMALL = GenerateRequest(prompt="a ring", init_image=b"x")
+PLAIN = GenerateRequest(prompt="a ring")
 IMAGE = Event(kind="image", info={})
 
 
@@ -73,29 +73,30 @@ def taken(service: Service, count: int) -> list[Any]:
     raise AssertionError(f"{len(service.replies)} of {count} were submitted")
 
 
-def test_a_small_request_is_submitted_at_once_and_its_error_raised(service: Service, admit: Any) -> None:
-    admit(SMALL)
+def test_a_request_with_nothing_to_read_is_submitted_at_once_and_its_error_raised(service: Service, admit: Any) -> None:
+    admit(PLAIN)
     assert service.threads == [threading.current_thread()]
     service.error = InvalidArgumentError("it is so")
     with pytest.raises(InvalidArgumentError):
-        admit(SMALL)
+        admit(PLAIN)
 
 
-def test_a_large_one_is_read_elsewhere_and_its_error_sent(service: Service, admit: Any) -> None:
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_one_with_a_picture_is_read_elsewhere_and_its_error_sent(service: Service, admit: Any, size: int) -> None:
     service.error = InvalidArgumentError("init_image is no picture")
-    reply = admit(large()).wait()
+    reply = admit(large(size)).wait()
     assert isinstance(reply.error, InvalidArgumentError)
     assert threading.current_thread() not in service.threads
     service.error = ZeroDivisionError("a bug")
-    assert isinstance(admit(large()).wait().error, ZeroDivisionError)
+    assert isinstance(admit(large(size)).wait().error, ZeroDivisionError)
 
 
-def test_what_is_read_does_not_hold_up_small_requests(service: Service, admit: Any) -> None:
+def test_what_is_read_does_not_hold_up_requests_with_nothing_to_read(service: Service, admit: Any) -> None:
     release = threading.Event()
     service.hold = lambda: None if threading.current_thread() is main else release.wait(10)
     main = threading.current_thread()
     admit(large())
-    admit(SMALL)
+    admit(PLAIN)
     assert len(service.replies) == 1
     release.set()
     taken(service, 2)
@@ -134,7 +135,7 @@ def test_requests_hold_no_more_bytes_together_than_the_limit_until_they_end(serv
         first, second = taken(service, 2)
         with pytest.raises(QueueFullError, match="have 200000 bytes, this one's 100000, and together at most 250000"):
             admit(large())
-        admit(SMALL)
+        admit(PLAIN)
         first.send(IMAGE, final=False)
         with pytest.raises(QueueFullError):
             admit(large())
