@@ -191,7 +191,9 @@ class DiffusionModel:
         if not isinstance(error, errors.DiffuserveError):
             _log.error("a request could not be accepted", extra={"request_id": request_id}, exc_info=error)
             error = errors.InternalError(f"a bug in the server: {error!r}")
-        _log.info("request refused", extra={"request_id": request_id, "outcome": error.code, "reason": error.message})
+        # Not the message, which quotes what was asked for.
+        facts = {"outcome": error.code, "input": error.detail.get("input")}
+        _log.info("request refused", extra={"request_id": request_id, **facts})
         self._telemetry.refused(error.code)
         try:
             reply.fail(error)

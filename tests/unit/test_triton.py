@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import importlib
+import json
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from diffuserve.errors import ComponentFailedError, InternalError
+from diffuserve.errors import ComponentFailedError, InternalError, InvalidArgumentError
+from diffuserve.logs import JsonFormatter
 from diffuserve.manifest import Component, TensorShape
 from diffuserve.request import Event
 from diffuserve.telemetry import Telemetry
 from diffuserve.wire import Operation
 from unit.fake_backend import Tensor
-from unit.fakes import Unreachable
+from unit.fakes import Recorder, Unreachable
 
 #: Those that import Triton's.
 MODULES = ("diffuserve.triton", "diffuserve.bls", "diffuserve.triton_metrics", "diffuserve.triton_reply")
@@ -275,6 +277,20 @@ def test_an_operation_that_fails_is_answered_and_a_refusal_that_cannot_be_sent_i
     assert isinstance(reply.error, InternalError)
     (told,) = [one for one in caplog.records if one.message == "a refusal could not be sent"]
     assert vars(told)["request_id"] == "r-1"
+
+
+def test_the_log_says_which_input_was_refused_and_not_what_it_held(
+    triton: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    model, reply = triton.DiffusionModel(), Recorder()
+    model._telemetry = Telemetry()
+    model._refuse(reply, "r-2", InvalidArgumentError("prompt holds '[a secret|b]'", input="prompt", value="a secret"))
+    (told,) = caplog.records
+    line = JsonFormatter().format(told)
+    assert {"request_id": "r-2", "outcome": "invalid_argument", "input": "prompt"}.items() <= json.loads(line).items()
+    assert "secret" not in line
+    assert "secret" in reply.wait().error.message
 
 
 class Sender:
