@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import warnings
 from contextlib import suppress
 from io import BytesIO
@@ -31,6 +32,14 @@ MAX_IMAGE_PIXELS: Final = 4096 * 4096
 #: Formats that are read: none of them names files, runs code, or is a page to be drawn.
 _READ: Final = ("PNG", "JPEG", "WEBP")
 _LIGHT: Final = 128
+
+#: Each scan of a JPEG takes as long as the whole picture, also where it has 33 bytes. Encoders make about ten.
+_MAX_SCANS: Final = 64
+#: A file of the largest size has 512 where they are full.
+_MAX_SEGMENTS: Final = 4096
+#: A marker, beyond those that restart a scan. It cannot occur in a scan's data.
+_MARKER: Final = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+_SOF, _EOI, _SOS = 0xC0, 0xD9, 0xDA
 
 # High enough that what a viewer sees is the model's picture, not the codec's.
 _SAVE_OPTIONS: Final[dict[str, dict[str, Any]]] = {
@@ -61,6 +70,8 @@ def read_image(name: str, data: bytes) -> Image.Image:
         raise _refused(name, f"has {len(data)} bytes, and at most {MAX_IMAGE_BYTES} are taken; make it smaller")
     with suppress(binascii.Error):
         data = base64.b64decode(data, validate=True)
+    if data.startswith(b"\xff\xd8"):
+        _check_scans(name, data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
@@ -83,6 +94,25 @@ def read_image(name: str, data: bytes) -> Image.Image:
         return upright.convert("RGB")
     except Exception as error:  # whatever a damaged file makes a codec raise
         raise _refused(name, f"cannot be decoded ({error}); send the whole file") from error
+
+
+def _check_scans(name: str, data: bytes) -> None:
+    """Raise InvalidArgumentError for a JPEG that takes long to decode though it is small.
+
+    Markers are found as libjpeg finds them: in no segment, and nothing counts after the end of the first picture.
+    """
+    place = scans = segments = 0
+    while (found := _MARKER.search(data, place)) and (marker := found[1][0]) != _EOI:
+        place = found.end()
+        if marker >= _SOF and place > 2:  # others, and the start of the picture, have no length
+            place += int.from_bytes(data[place : place + 2], "big")
+        scans, segments = scans + (marker == _SOS), segments + 1
+        if scans > _MAX_SCANS or segments > _MAX_SEGMENTS:
+            raise _refused(
+                name,
+                f"is a JPEG of more than {_MAX_SCANS} scans or {_MAX_SEGMENTS} segments, which takes long to decode; "
+                "save it again",
+            )
 
 
 def read_pictures(init_image: bytes, mask_image: bytes) -> tuple[Image.Image | None, Image.Image | None]:
