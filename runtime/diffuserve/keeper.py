@@ -19,7 +19,7 @@ __all__ = ["Keeper", "ModelControl", "Stay", "Unmanaged"]
 
 _log: Final = logging.getLogger(__name__)
 
-_LOOK_S: Final = 0.5  # between two looks at those that wait: clients cancel, and deadlines pass
+_REST_S: Final = 0.5
 
 
 class ModelControl(Protocol):
@@ -61,8 +61,7 @@ class Stay:
 class Keeper:
     """The components of all checkpoints of a registry.
 
-    Nothing is asked of `control` before `open` is called. `pinned` names checkpoints that never leave. `on_look` is
-    called now and then while requests wait.
+    Nothing is asked of `control` before `open` is called. `pinned` names checkpoints that never leave.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class Keeper:
         self._errors: dict[str, DiffuserveError] = {}
         self._open = self._closed = False
         self._changed = threading.Condition()
-        self.on_look: Callable[[], None] = lambda: None
         for checkpoint in registry.values():
             self._add(checkpoint)
         registry.listeners.append(self._on_registry)
@@ -237,11 +235,9 @@ class Keeper:
                     self._act(action)
                 elif self._closed:
                     return
-                if self._waiting:
-                    self.on_look()
             except Exception:
                 _log.exception("the keeper of components failed; it goes on")
-                time.sleep(_LOOK_S)  # what fails each time must not take a core
+                time.sleep(_REST_S)  # what fails each time must not take a core
 
     def _next(self) -> Action | None:
         """The next action, waited for; None where it is time to look around, or to end."""
@@ -251,7 +247,7 @@ class Keeper:
             action = self._residency.decide(self._clock())
             if action is None and not any(self._residency.is_open(one.checkpoint) for one in self._waiting):
                 due = self._residency.due(self._clock())
-                self._changed.wait(min(due + 0.001, _LOOK_S if self._waiting else 3600.0))
+                self._changed.wait(min(due + 0.001, 3600.0))
             return action
 
     def _let_in(self) -> None:

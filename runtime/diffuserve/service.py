@@ -47,6 +47,7 @@ from diffuserve.workers import Workers
 
 __all__ = ["DiffusionService", "Reply"]
 
+_LOOK_S: Final = 0.5  # between two looks at those that wait: clients cancel, and deadlines pass
 _LOOK_AT_LORAS_S: Final = 0.05  # in one answer to `status`, by which others tell whether the server lives
 
 
@@ -108,7 +109,6 @@ class DiffusionService:
         self._keeper = Keeper(
             self._checkpoints, control or Unmanaged(), limits or Limits(), pinned=pinned, telemetry=self._telemetry
         )
-        self._keeper.on_look = self._look
         self.loop = DenoiseLoop(
             runner,
             self._policy,
@@ -136,6 +136,7 @@ class DiffusionService:
             self._keeper.prove,
         )
         self._beginnings = Beginnings(self._checkpoints, self._rollout, self._key)
+        self.heartbeats.add(self)
 
     def open(self) -> None:
         """Components can be loaded and called from now on. Harmless when it was called before."""
@@ -205,12 +206,13 @@ class DiffusionService:
         if not self._prepare.submit(job.urgency, self._prepare_waiting):
             job.fail(shutting_down())
 
-    def _look(self) -> None:
-        """End those that wait for components, and whose clients or deadlines do not."""
+    def beat(self, now: float) -> float:  # noqa: ARG002 - as heartbeats.Beating
+        """End those that wait to begin, for components or adapters' room, and whose clients or deadlines do not."""
         with self._lock:
-            waiting = [job for job in self._unprepared if not job.stay.is_inside]
+            waiting = list(self._unprepared)
         for job in waiting:
             job.guarded(job.check)
+        return _LOOK_S
 
     def drain(self, grace: float) -> None:
         """Take no new requests, and return when the last one under way has ended.

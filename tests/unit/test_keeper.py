@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from diffuserve import service as module
 from diffuserve.errors import CancelledError, ComponentFailedError, DeadlineError, UnsupportedError
 from diffuserve.manifest import Deployment
 from diffuserve.request import GenerateRequest
@@ -171,17 +172,22 @@ def test_a_bug_in_a_load_fails_it_and_others_are_loaded(make: Make, control: Con
     assert ask(service, "b").wait().error is None
 
 
-def test_those_that_wait_for_a_load_can_leave_and_be_late(make: Make, control: Control) -> None:
+def test_those_that_wait_for_a_load_can_leave_and_be_late(
+    make: Make, control: Control, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LOOK_S", 0.01)
     service = make()
     assert ask(service, "a").wait().error is None
     control.may_load.clear()
+    control.loading.clear()
     cancelled, late = ask(service, "b"), ask(service, "b", deadline_ms=30_000)
+    assert control.loading.wait(20)
     (job,) = [job for job in service._jobs if job.deadline]
     job.deadline = time.monotonic()
     cancelled.cancelled = True
-    service._look()
     assert isinstance(cancelled.wait().error, CancelledError)
     assert isinstance(late.wait().error, DeadlineError)
+    assert control.did[-1] == "load b_unet", "they hear it while the load goes on"
     assert told(service, "b")["waiting"] == 0
     with pytest.raises(DeadlineError, match="would be done in"):
         ask(service, "b", deadline_ms=1)

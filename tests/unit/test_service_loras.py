@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffuserve import service as service_module
 from diffuserve.admission import Admission
 from diffuserve.components import InProcessRunner
 from diffuserve.engine import StepCosts, StepPolicy
@@ -254,6 +255,22 @@ def test_one_that_waits_for_room_hears_of_the_servers_end(deployment: Deployment
     closing.join(20)
     assert isinstance(second.wait().error, CancelledError)
     assert first.ended.is_set()
+
+
+def test_one_that_waits_for_room_can_leave(
+    deployment: Deployment, models: AdaptedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "_LOOK_S", 0.01)
+    service = make_service(deployment, models, lora_budget=1)
+    opened = hold(models)
+    first, second = ask(service, "a"), ask(service, "b")
+    _until(lambda: bool(models.rows))
+    second.cancelled = True
+    assert isinstance(second.wait().error, CancelledError)
+    assert not first.ended.is_set()
+    opened.set()
+    pixels(first.wait())
+    service.close()
 
 
 def test_a_snapshot_is_resumed_only_with_the_same_loras(deployment: Deployment, models: AdaptedModels) -> None:
