@@ -75,7 +75,7 @@ class InFlightServer:
         demand = Demand(self._table.group, request.rows, request.steps)
         present = [self._demand(one) for one in self._present.values() if one.remaining]
         try:
-            eta = self.policy.admit([demand], present, self._clock.now)
+            eta = self.policy.admit([demand], present, self._clock.now, stepped=len(self._present) - len(present))
         except QueueFullError:
             self._row_steps -= request.rows * request.steps
             self._clock.after(self._table.reply, lambda: self.on_end(request, False))

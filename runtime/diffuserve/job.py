@@ -79,6 +79,11 @@ class Job:
             return list(self.demands)
         return [track.demand() for track in self.tracks if track.remaining]
 
+    @property
+    def left(self) -> int:
+        """How many of its images are no pictures yet."""
+        return self._left
+
     def is_waiting(self) -> bool:
         """Whether none of its images has been stepped."""
         return not any(track.joined_at_step for track in self.tracks)

@@ -11,6 +11,7 @@ import torch
 
 from diffuserve.checkpoint import Checkpoint
 from diffuserve.engine import Control, Group, Track
+from diffuserve.errors import CancelledError
 from diffuserve.first_latents import Given, begun
 from diffuserve.images import encode_image, image_from_pixels
 from diffuserve.job import Job, shutting_down
@@ -102,7 +103,9 @@ class Pictures:
         return track
 
     def _picture(self, checkpoint: Checkpoint, job: Job, track: Track, index: int, latents: torch.Tensor) -> None:
-        """VAE decoding and the image file."""
+        """VAE decoding and the image file. Raises CancelledError where nobody waits for them."""
+        if job.is_cancelled():
+            raise CancelledError("the client cancelled")
         request = job.resolved.request
         image = image_from_pixels(checkpoint.decode(latents, trace=job.trace))
         job.image(track, index, encode_image(image, request.image_format))

@@ -184,9 +184,12 @@ class DiffusionService:
         with self._lock:
             if self._draining:
                 raise _draining()
+            left = sum(other.left for other in self._jobs)  # before those that are stepped, whose number falls
             present = [demand for other in self._jobs for demand in other.present()]
             waits = {name: self._keeper.wait(name) for name in {job.resolved.checkpoint, *_named(present)}}
-            job.eta = self._policy.admit(job.demands, present, job.accepted_at, job.deadline, waits.__getitem__)
+            job.eta = self._policy.admit(
+                job.demands, present, job.accepted_at, job.deadline, waits.__getitem__, stepped=left - len(present)
+            )
             self._jobs.add(job)
             self._unprepared.append(job)
             self._report_load()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffuserve.engine import Candidate, Demand, Group, StepCosts, StepPolicy, forecast
+from diffuserve.engine import Candidate, Demand, Eta, Group, StepCosts, StepPolicy, forecast
 from diffuserve.errors import DeadlineError, QueueFullError
 
 GROUPS = (Group("a", 64, 64), Group("a", 96, 96), Group("b", 64, 64))
@@ -316,6 +316,16 @@ def test_a_full_server_says_how_full_and_for_how_long() -> None:
         policy.admit([Demand(GROUPS[0], 2, 5)], present, 0.0)
     assert refused.value.detail["waiting"] == refused.value.detail["maximum"] == 3
     assert refused.value.detail["eta_ms"] == pytest.approx(1000 * 10 * policy.costs.seconds(GROUPS[0], 6), abs=1)
+
+
+def test_those_that_are_only_to_be_decoded_take_their_place_until_they_are_pictures() -> None:
+    policy = make_policy(max_images=3)
+    asked = [Demand(GROUPS[0], 2, 5)]
+    assert policy.admit(asked, asked, 0.0, stepped=1).images == 3
+    policy.learn(asked, Eta(1.0, 1.0), 6.0, 7.0)
+    with pytest.raises(QueueFullError, match="3 images are in the server, and with 1 more") as refused:
+        policy.admit(asked, asked, 0.0, stepped=2)
+    assert refused.value.detail["eta_ms"] == 3000
 
 
 def test_a_deadline_that_can_not_be_met_is_refused_with_the_eta() -> None:

@@ -8,7 +8,7 @@ import json
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,13 @@ def test_rows_of_all_active_requests_share_each_call(service: DiffusionService, 
     assert models.rows == [2, 5, 5, 3]
     assert len(set(models.timesteps[1])) == 2
     assert [reply.events[0].info["joined_at_step"] for reply in (first, *others)] == [1, 2, 2]
+
+
+def _until(come: Callable[[], bool]) -> None:
+    patience = time.monotonic() + 20
+    while not come():
+        assert time.monotonic() < patience
+        time.sleep(0.001)
 
 
 def _until_encoded(service: DiffusionService, count: int) -> None:
@@ -364,6 +371,33 @@ def test_more_requests_than_the_limit_are_turned_away(tmp_path: Path, models: Fa
     service.close()
 
 
+def test_images_that_wait_to_be_decoded_count_and_those_of_clients_that_left_are_not_decoded(
+    tmp_path: Path, models: FakeModels
+) -> None:
+    policy = StepPolicy(costs=StepCosts(), max_rows=lambda group: 64, max_images=4)
+    service = DiffusionService(write_deployment(tmp_path, "fake"), models.runner(), policy=policy)
+    decoding, may_decode = threading.Semaphore(0), threading.Event()
+
+    def decode() -> None:
+        decoding.release()
+        assert may_decode.wait(20)
+
+    models.before_decode = decode
+    stays = [ask(service), ask(service)]
+    assert all(decoding.acquire(timeout=20) for _ in stays)
+    stays, goes = [*stays, ask(service, steps=5)], ask(service, steps=6)
+    _until(lambda: not any(job.present() for job in service._jobs))
+    with pytest.raises(QueueFullError, match="4 images are in the server"):
+        ask(service)
+    goes.cancelled = True
+    may_decode.set()
+    assert isinstance(goes.wait().error, CancelledError)
+    assert all(reply.wait().error is None for reply in stays)
+    assert ask(service).wait().error is None
+    assert sum(decoding.acquire(blocking=False) for _ in range(9)) == 2, "of the third that stays, and of the last"
+    service.close()
+
+
 def test_a_call_has_at_most_the_profiles_rows(tmp_path: Path, models: FakeModels) -> None:
     service = DiffusionService(write_deployment(tmp_path, "fake", max_rows=4), models.runner())
     replies = [ask(service, num_images=5, steps=6), ask(service, guidance_scale=1, steps=6)]
@@ -381,6 +415,7 @@ def test_closing_answers_everyone(tmp_path: Path, models: FakeModels) -> None:
     gate.wait()
     closing = threading.Thread(target=service.close)
     closing.start()
+    _until(lambda: service.loop._closed)
     gate.open()
     closing.join(20)
     for reply in replies:

@@ -104,7 +104,7 @@ class StepPolicy:
 
     max_rows      the rows that a group's engine profile takes in one call, 2 at least
     max_adapters  the adapters that a group's engine takes in one call, beside none at all; 1 at least
-    max_images    the images that may be in the server at once
+    max_images    the images that may be in the server at once, until they are pictures
     row_buckets   the row counts of a group's engine that wants fixed shapes, ascending; empty for any count
     target_step   seconds that a call should not exceed, where a smaller one is possible; None is no target
     efficiency    of the best rows a second that is enough: more rows a call would only make each step slower. None
@@ -145,25 +145,31 @@ class StepPolicy:
         now: float,
         deadline: float | None = None,
         ready: Callable[[str], float] = lambda _: 0.0,
+        stepped: int = 0,
     ) -> Eta:
-        """When new images will be done, beside those that are present. `ready` is the seconds until a checkpoint's
-        components are there.
+        """When new images will be done, beside those that are present, and those that are `stepped` and have yet to
+        become pictures. `ready` is the seconds until a checkpoint's components are there.
 
         Raises QueueFullError where they are too many, DeadlineError where the deadline cannot be met.
         """
         sharing = Sharing(self.weight, self._shares.ahead, ready)
-        if len(present) + len(demands) > self.max_images:
-            room = self.costs.corrected(forecast(present, self.calls_of, present, sharing, self.adapter_cap).earliest)
+        count = len(present) + stepped
+        if count + len(demands) > self.max_images:
+            if stepped:  # one after another, they spend what each spends outside of stepping
+                room = self.costs.around(kind_of(demands)) / stepped
+            else:
+                first = forecast(present, self.calls_of, present, sharing, self.adapter_cap).earliest
+                room = self.costs.corrected(first)
             raise QueueFullError(
-                f"{len(present)} images are in the server, and with {len(demands)} more they would exceed the limit of "
+                f"{count} images are in the server, and with {len(demands)} more they would exceed the limit of "
                 f"{self.max_images}; try again in {room:.1f} s",
-                waiting=len(present),
+                waiting=count,
                 maximum=self.max_images,
                 eta_ms=round(1000 * room),
             )
         stepping = forecast([*present, *demands], self.calls_of, demands, sharing, self.adapter_cap).latest
         raw = stepping + self.costs.around(kind_of(demands))
-        eta = Eta(self.costs.corrected(raw, most_calls(demands)), raw, len(present) + len(demands))
+        eta = Eta(self.costs.corrected(raw, most_calls(demands)), raw, count + len(demands))
         if deadline is not None and now + eta.seconds > deadline:
             raise DeadlineError(
                 f"the request would be done in {eta.seconds:.2f} s, after its deadline of {deadline - now:.2f} s; "
