@@ -136,7 +136,7 @@ class AsyncCall:
         except (TimeoutError, grpc.aio.AioRpcError, DiffuserveError):
             pass
 
-    async def _within(self, seconds: float, answer: Awaitable[Any]) -> Any:
+    async def _within(self, seconds: float | None, answer: Awaitable[Any]) -> Any:
         """What gRPC answers. Raises TimeoutError, and CancelledError where the call is cancelled meanwhile.
 
         Unlike asyncio.wait_for, it neither forgets that the task is cancelled while an answer comes (before Python
@@ -160,7 +160,8 @@ class AsyncCall:
         limit = min(timeout.connect, self._left)
         self._call = stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=limit, metadata=self._headers)
         try:
-            await self._within(self._connection.timeout.total, self._call)
+            # gRPC keeps the limit: a second clock might be the faster one, and say nothing of what it waited for.
+            await self._within(None, self._call)
         except grpc.aio.AioRpcError as error:
             self._connection.drop_if_lost(channel, error)
             raise connect_failure(error.code(), error.details(), url=url, timeout=timeout) from error
