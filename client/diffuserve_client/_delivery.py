@@ -50,6 +50,8 @@ _log: Final = logging.getLogger("diffuserve_client")
 
 _SEED_BOUND: Final = 2**32  # as the server draws them: short enough to be typed
 _LATER_BY_CHANCE: Final = 0.25  # of the wait, so that those who wait together do not come together
+#: Errors of a server rather than of a request.
+_LOSSES: Final = (ConnectionFailedError, UnavailableError, ComponentFailedError)
 _LEAST_ROOM_S: Final = 0.1  # a full server that expects room at once still has to make it
 
 
@@ -204,12 +206,12 @@ class Delivery:
         endpoint = self._endpoint
         assert endpoint is not None
         self._release()
+        self._note(error, endpoint)
         if self._lacks_nothing(error):
-            self._may_retry(error, endpoint)  # what it says of the server is true of it nevertheless
             self.is_done = True
         elif self._refuses_snapshot(error):
             self._snapshot = b""  # of this client's making: the request is begun again instead
-        elif not self._may_retry(error, endpoint):
+        elif not self._may_retry(error):
             raise self._final(error)
         self._last_error = error
 
@@ -224,9 +226,8 @@ class Delivery:
 
     def _lacks_nothing(self, error: DiffuserveError) -> bool:
         """Whether it was lost after its last picture, of which only the word that it was the last is missing."""
-        is_loss = isinstance(error, (ConnectionFailedError, UnavailableError, ComponentFailedError))
         # How many pictures a snapshot of the caller's has, only servers can read.
-        return is_loss and not self.request.resume and len(self._delivered) == self.request.num_images
+        return isinstance(error, _LOSSES) and not self.request.resume and len(self._delivered) == self.request.num_images
 
     def _refuses_snapshot(self, error: DiffuserveError) -> bool:
         return (
@@ -235,19 +236,23 @@ class Delivery:
             and isinstance(error, (InvalidArgumentError, NotFoundError, UnsupportedError))
         )
 
-    def _may_retry(self, error: DiffuserveError, endpoint: Endpoint) -> bool:
+    def _note(self, error: DiffuserveError, endpoint: Endpoint) -> None:
+        """Remember what the error says of the server, for this client's other requests too."""
+        if isinstance(error, QueueFullError):
+            self._endpoints.full(endpoint, max(_LEAST_ROOM_S, _seconds(error.detail.get("eta_ms"), self._retry.first)))
+        elif not isinstance(error, DeadlineError) and isinstance(error, _LOSSES):
+            self._endpoints.failed(endpoint)
+
+    def _may_retry(self, error: DiffuserveError) -> bool:
         if isinstance(error, DeadlineError) or not self._retry.retries:
             return False
         if isinstance(error, QueueFullError):
-            self._endpoints.full(endpoint, max(_LEAST_ROOM_S, _seconds(error.detail.get("eta_ms"), self._retry.first)))
             return True
         if isinstance(error, ComponentFailedError):
             self._component_failures += 1
-            self._endpoints.failed(endpoint)
             return self._component_failures < 2
-        if not isinstance(error, (ConnectionFailedError, UnavailableError)):
+        if not isinstance(error, _LOSSES):
             return False
-        self._endpoints.failed(endpoint)
         self._failures += 1
         if "tls" in error.detail and len(self._endpoints) == 1:
             return False  # which time does not mend

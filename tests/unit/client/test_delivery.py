@@ -133,6 +133,20 @@ def test_with_no_retries_every_failure_is_raised_at_once(error: DiffuserveError)
     assert service.delivery().wait() == 0, "the next request asks at once, though the server is known to have failed"
 
 
+@pytest.mark.parametrize(
+    "error", [lost(), QueueFullError("full", eta_ms=400), DrainingError("no"), ComponentFailedError("died")]
+)
+def test_with_no_retries_too_a_server_that_failed_is_left_alone(error: DiffuserveError) -> None:
+    service = Service("a:1", "b:1", retry=Retry(retries=0))
+    delivery = service.delivery()
+    down = service.begin(delivery).url
+    with pytest.raises(type(error)):
+        delivery.failed(error)
+    assert {service.begin(service.delivery()).url for _ in range(4)} == {"a:1", "b:1"} - {down}
+    service.clock.now += 0.5
+    assert service.begin(service.delivery()).url == down
+
+
 def test_tls_that_fails_is_not_tried_again_unless_elsewhere() -> None:
     service = Service()
     delivery = service.delivery()
