@@ -93,6 +93,7 @@ class Delivery:
         self._delivered: set[int] = set()
         self._failures = 0
         self._component_failures = 0
+        self._full: set[str] = set()  # the servers whose last word to this request was that they have no room
         self._last_error: DiffuserveError | None = None
         #: A snapshot to go on from, and the index of its first image here; the caller's own is tried as any request.
         self._snapshot: bytes = request.resume
@@ -211,7 +212,7 @@ class Delivery:
             self.is_done = True
         elif self._refuses_snapshot(error):
             self._snapshot = b""  # of this client's making: the request is begun again instead
-        elif not self._may_retry(error):
+        elif not self._may_retry(error, endpoint.url):
             raise self._final(error)
         self._last_error = error
 
@@ -243,10 +244,12 @@ class Delivery:
         elif not isinstance(error, DeadlineError) and isinstance(error, _LOSSES):
             self._endpoints.failed(endpoint)
 
-    def _may_retry(self, error: DiffuserveError) -> bool:
+    def _may_retry(self, error: DiffuserveError, url: str) -> bool:
         if isinstance(error, DeadlineError) or not self._retry.retries:
             return False
+        self._full.discard(url)
         if isinstance(error, QueueFullError):
+            self._full.add(url)
             return True
         if isinstance(error, ComponentFailedError):
             self._component_failures += 1
@@ -256,7 +259,8 @@ class Delivery:
         self._failures += 1
         if "tls" in error.detail and len(self._endpoints) == 1:
             return False  # which time does not mend
-        return self._failures < (self._retry.retries + 1) * len(self._endpoints)
+        # However often others fail meanwhile, one that is full is waited for.
+        return bool(self._full) or self._failures < (self._retry.retries + 1) * len(self._endpoints)
 
     def _final(self, error: DiffuserveError) -> DiffuserveError:
         """The error for the caller: it says how often was tried, and has the snapshot that is still to go on from."""

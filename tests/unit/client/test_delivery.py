@@ -182,6 +182,19 @@ def test_a_full_server_is_asked_again_when_it_expects_room_however_often() -> No
         service.begin(delivery)
 
 
+def test_a_full_server_is_waited_for_however_often_another_is_lost() -> None:
+    service = Service("a:1", "b:1", retry=Retry(retries=1), timeout=1000)
+    delivery = service.delivery()
+    began = service.clock.now
+    full = service.begin(delivery).url
+    delivery.failed(QueueFullError("full", eta_ms=120_000))
+    while service.begin(delivery).url != full:
+        delivery.failed(lost())
+    assert service.clock.now - began >= 120
+    with pytest.raises(ConnectionFailedError, match=r"lost \(tried \d+ times\)"):
+        delivery.failed(lost())  # that one too, and nobody is left to be waited for
+
+
 @pytest.mark.parametrize("told", [{}, {"eta_ms": "soon"}, {"eta_ms": None}, {"eta_ms": 0}])
 def test_a_full_server_that_says_nothing_useful_is_asked_again_soon(told: dict[str, Any]) -> None:
     service = Service()
