@@ -124,7 +124,7 @@ class AsyncCall:
     async def _next(self) -> Any:
         """What comes next. Raises the error of a silent server where nothing comes for the stall timeout."""
         try:
-            return await self._within(self._connection.timeout.stall, self._call.read())
+            return await self._within(self._exchange.stall, self._call.read())
         except TimeoutError as error:
             raise self._exchange.stalled() from error
 

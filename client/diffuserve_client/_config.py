@@ -52,6 +52,7 @@ def _flag(value: Any) -> bool | None:
 CONFIG_KEYS: Final[Mapping[str, tuple[str, Callable[[Any], Any]]]] = {
     "url": ("a text, or a list of texts", _texts),
     "timeout": ("a number of seconds", _number),
+    "stall": ("a number of seconds", _number),
     "retries": ("a whole number", _whole),
     "token": ("a text", _text),
     "tls": ("true or false", _flag),

@@ -143,12 +143,13 @@ class Call:
 
     def _next(self) -> Event | BaseException | None:
         """What comes next. Where nothing came for the stall timeout, that is the error."""
-        stall = self._connection.timeout.stall
         while True:
-            left = stall - max(0.0, time.monotonic() - self._heard_at)
+            left = self._exchange.stall - max(0.0, time.monotonic() - self._heard_at)
+            # No longer at once than the stall timeout itself, which may count from now on, with the first answer.
+            wait = min(left, self._connection.timeout.stall)
             with contextlib.suppress(Empty):
-                return self._received.get(timeout=max(left, _AT_LEAST_SECONDS))
-            if time.monotonic() - self._heard_at >= stall:
+                return self._received.get(timeout=max(wait, _AT_LEAST_SECONDS))
+            if time.monotonic() - self._heard_at >= self._exchange.stall:
                 return self._exchange.stalled()
 
     def _read(self, message: Any) -> None:

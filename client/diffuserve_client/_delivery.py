@@ -228,7 +228,9 @@ class Delivery:
     def _lacks_nothing(self, error: DiffuserveError) -> bool:
         """Whether it was lost after its last picture, of which only the word that it was the last is missing."""
         # How many pictures a snapshot of the caller's has, only servers can read.
-        return isinstance(error, _LOSSES) and not self.request.resume and len(self._delivered) == self.request.num_images
+        return (
+            isinstance(error, _LOSSES) and not self.request.resume and len(self._delivered) == self.request.num_images
+        )
 
     def _refuses_snapshot(self, error: DiffuserveError) -> bool:
         return (

@@ -57,6 +57,7 @@ CHANNEL_OPTIONS: Final = (
     ("grpc.use_local_subchannel_pool", 1),
 )
 
+_SLOWEST_UPLOAD: Final = 50_000  # bytes per second, below which a stall timeout needs to be longer
 _DATATYPES: Final = {spec.name: spec.datatype for spec in INPUTS}
 _TLS_FAILED: Final = re.compile(r"SSL|TSI_|\bTls\b|verification check")
 _STATUS_LOST: Final = "Internal error from Core"
@@ -88,6 +89,7 @@ class Exchange:
         self._url = url
         self._timeout = timeout
         self._images: set[int] = set()
+        self._uploading = 0  # bytes that are on their way, for all that is known
         # How many pictures a resumed request still has is in its snapshot, which only servers can read.
         self._expected = None if request.resume else request.num_images
 
@@ -102,7 +104,16 @@ class Exchange:
             is_bytes = _DATATYPES[name] == "BYTES"
             message.inputs.add(name=name, datatype=_DATATYPES[name], shape=array.shape)
             message.raw_input_contents.append(serialize_byte_tensor(array).item() if is_bytes else array.tobytes())
+        self._uploading = message.ByteSize()
         return message
+
+    @property
+    def stall(self) -> float:
+        """Seconds without an answer, after which the server counts as dead.
+
+        The first answer comes when the request has arrived, and how far that is gRPC does not tell.
+        """
+        return self._timeout.stall + self._uploading / _SLOWEST_UPLOAD
 
     def _tensors(self) -> Mapping[str, Array]:
         request = self._with_heartbeat()
@@ -115,6 +126,7 @@ class Exchange:
 
         Raises the error that the server sent, or InternalError for an answer that does not fit the request.
         """
+        self._uploading = 0
         if response.error_message:
             self.finished = True
             raise self._server_error(response.error_message)
@@ -138,9 +150,11 @@ class Exchange:
     def stalled(self) -> DiffuserveError:
         """The error of a stream on which nothing came within the stall timeout."""
         timeout = self._timeout
+        uploaded = f" and {self._uploading} bytes sent" if self._uploading else ""
         return ConnectionFailedError(
-            f"nothing came from {self._url} for {timeout.stall:g} s, {self._progress()}, and a server that lives sends "
-            f"a sign of it every {timeout.heartbeat_ms} ms; send the request again when the server is back",
+            f"nothing came from {self._url} for {round(self.stall, 1):g} s, {self._progress()}{uploaded}, and a server "
+            f"that lives sends a sign of it every {timeout.heartbeat_ms} ms; send the request again when the server is "
+            "back, or allow a longer stall timeout (--stall) on a slow line",
             url=self._url,
             stall=timeout.stall,
         )

@@ -24,6 +24,7 @@ from diffuserve_client._config import read_config
 from diffuserve_client._exits import tell_of_retries
 from diffuserve_client._retry import Retry
 from diffuserve_client._security import Tls
+from diffuserve_client._timeout import Timeout
 
 __all__ = ["AsJson", "ConnectionOptions", "connection_arguments", "open_client", "with_options"]
 
@@ -88,6 +89,10 @@ class ConnectionOptions:
         ),
     ] = None
     timeout: Annotated[float | None, _option("TIMEOUT", "Seconds that a request may take in all.")] = None
+    stall: Annotated[
+        float | None,
+        _option("STALL", "Seconds of silence after which a server counts as dead; more on a slow line."),
+    ] = None
     retries: Annotated[
         int | None,
         _option("RETRIES", "How often a request is tried again where a server is lost or shuts down; 0 is off."),
@@ -118,7 +123,7 @@ class ConnectionOptions:
 def connection_arguments(options: ConnectionOptions, *, timeout: float | None = None) -> dict[str, Any]:
     """What a Client or an AsyncClient is made with. `timeout` is for where nothing else says one.
 
-    Raises InvalidArgumentError for a configuration file, retries or TLS that cannot be meant.
+    Raises InvalidArgumentError for a configuration file, times, retries or TLS that cannot be meant.
     """
     config = read_config()
 
@@ -126,10 +131,11 @@ def connection_arguments(options: ConnectionOptions, *, timeout: float | None = 
         said = getattr(options, name)
         return config.get(name) if said is None else said
 
-    seconds, retries = known("timeout"), known("retries")
+    total, retries = known("timeout"), known("retries")
+    seconds = {"total": timeout if total is None else total, "stall": known("stall")}
     return {
         "url": [part.strip() for one in known("url") or (DEFAULT_URL,) for part in one.split(",")],
-        "timeout": timeout if seconds is None else seconds,
+        "timeout": Timeout(**{name: one for name, one in seconds.items() if one is not None}),
         "retry": None if retries is None else Retry(retries=retries),
         "tls": _tls(known("tls"), {name: known(f"tls_{name}") for name in ("ca", "cert", "key", "server_name")}),
         "token": known("token"),

@@ -21,6 +21,7 @@ class Timeout:
     `connect`: until the server has answered that it is there; then ConnectionFailedError.
     `stall`: in which nothing came, 2 at least; then ConnectionFailedError. The client asks the server for signs of
     life (`heartbeat_ms`) three times as often, so a request that waits or has long steps is not taken for a dead one.
+    The first answer may take longer by a second for every 50 kB of the request, which must get there first.
     `total`: from sending the request to its last picture; then DeadlineError, and the server is told to stop.
     The total includes the time to connect.
 

@@ -183,6 +183,29 @@ def test_a_server_that_falls_silent_is_given_up_and_told_to_stop(hasty: Client, 
     assert fake.over.wait(10)
 
 
+def test_a_large_request_has_time_to_get_there(hasty: Client, fake: FakeTriton) -> None:
+    def late(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
+        fake.over.wait(0.6)  # as where its 100 kB come at some 1.3 Mbit/s
+        yield response(heartbeat())
+        if request.seed == 1:
+            yield from silence(fake, request)
+        yield from answer(fake, request)
+
+    fake.script = late
+    large = GenerateRequest(prompt="a", seed=0, init_image=b"\x89PNG" * 25_000)
+    assert len(hasty.generate(large).images) == 1
+    assert fake.over.wait(10)
+    fake.over.clear()
+    started = time.monotonic()
+    with pytest.raises(ConnectionFailedError, match=r"for 0\.3 s, 0 of 1 images received, and a server"):
+        hasty.generate(replace(large, seed=1))
+    assert time.monotonic() - started < 2, "from the first answer on, the limit is the stall timeout alone"
+    assert fake.over.wait(10)
+    fake.over.clear()
+    with pytest.raises(ConnectionFailedError, match=r"for 0\.3 s, 0 of 1 images received and \d+ bytes sent"):
+        hasty.generate("a")
+
+
 def test_signs_of_life_are_asked_for_heard_and_kept_from_who_did_not_ask(hasty: Client, fake: FakeTriton) -> None:
     def alive(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
         for _ in range(8):

@@ -19,7 +19,6 @@ from typer.testing import CliRunner, Result
 
 from diffuserve.errors import InvalidArgumentError
 from diffuserve.request import Event, GenerateRequest
-from diffuserve_client import Client, Timeout, _options
 from diffuserve_client._command import app
 from diffuserve_client._files import check_writable
 from unit.client.fake_triton import FakeTriton, image, progress, response, silence
@@ -104,17 +103,13 @@ def test_a_broken_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert line.endswith("; correct it")
 
 
-def test_a_server_that_stops_answering(fake: FakeTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_stops_answering(fake: FakeTriton) -> None:
     def stops(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
         yield response(progress(1, request.steps))
         yield from silence(fake, request)
 
-    def impatient(**arguments: Any) -> Client:
-        return Client(**(arguments | {"timeout": Timeout(stall=2)}))
-
     fake.script = stops
-    monkeypatch.setattr(_options, "Client", impatient)
-    code, line = failed("generate", "a", "--url", fake.url)
+    code, line = failed("generate", "a", "--url", fake.url, "--stall", "2")
     assert code == 3
     assert line.startswith(f"nothing came from {fake.url} for 2 s, 0 of 1 images received")
     assert "send the request again when the server is back" in line

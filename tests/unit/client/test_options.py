@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from diffuserve.errors import InvalidArgumentError, UnsupportedError
-from diffuserve_client import Retry, Tls
+from diffuserve_client import Retry, Timeout, Tls
 from diffuserve_client._config import CONFIG_KEYS, config_path, read_config
 from diffuserve_client._exits import errors_as_exit_codes
 from diffuserve_client._extras import extra
@@ -54,17 +54,19 @@ def test_an_option_goes_before_the_environment_and_that_before_the_file(
 ) -> None:
     assert arguments_of("--json") == {
         "url": ["localhost:8001"],
-        "timeout": None,
+        "timeout": Timeout(),
         "retry": None,
         "tls": None,
         "token": None,
     }
-    assert arguments_of(timeout=10.0)["timeout"] == 10
-    config.write_text("url = 'file:1'\ntimeout = 30\nretries = 1\ntls_ca = 'ca.pem'\ntoken = 'from the file'")
+    assert arguments_of("--stall", "40", timeout=10.0)["timeout"] == Timeout(total=10, stall=40)
+    config.write_text(
+        "url = 'file:1'\ntimeout = 30\nstall = 20\nretries = 1\ntls_ca = 'ca.pem'\ntoken = 'from the file'"
+    )
     config.chmod(0o600)
     from_file = {
         "url": ["file:1"],
-        "timeout": 30,
+        "timeout": Timeout(total=30, stall=20),
         "retry": Retry(retries=1),
         "tls": Tls(ca=str(config.parent / "ca.pem")),
         "token": "from the file",
@@ -79,7 +81,7 @@ def test_an_option_goes_before_the_environment_and_that_before_the_file(
     options = (*where, "--token", "from-the-option", "--no-tls")
     assert arguments_of(*options) == {
         "url": ["option:1", "option:2"],
-        "timeout": 1.5,
+        "timeout": Timeout(total=1.5, stall=20),
         "retry": Retry(retries=0),
         "tls": None,
         "token": "from-the-option",
@@ -115,11 +117,12 @@ def test_the_client_is_open(config: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("urls = 'a:1'", "unknown key 'urls'; known are url, timeout, retries, token, tls, "),
+        ("urls = 'a:1'", "unknown key 'urls'; known are url, timeout, stall, retries, token, tls, "),
         ("url = 3", "url must be a text, or a list of texts, and is '3'; correct it"),
         ("url = []", "url must be a text, or a list of texts"),
         ("timeout = 'soon'", "timeout must be a number of seconds, and is 'soon'"),
         ("timeout = true", "timeout must be a number of seconds"),
+        ("stall = 'soon'", "stall must be a number of seconds, and is 'soon'"),
         ("retries = 1.5", "retries must be a whole number"),
         ("tls = 1", "tls must be true or false"),
         ("token = 123456", "token must be a text; correct it"),
