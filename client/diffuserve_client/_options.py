@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import wraps
@@ -19,6 +19,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from diffuserve.errors import InvalidArgumentError
 from diffuserve_client._client import DEFAULT_URL, Client
 from diffuserve_client._config import read_config
 from diffuserve_client._exits import tell_of_retries
@@ -137,14 +138,27 @@ def connection_arguments(options: ConnectionOptions, *, timeout: float | None = 
         "url": [part.strip() for one in known("url") or (DEFAULT_URL,) for part in one.split(",")],
         "timeout": Timeout(**{name: one for name, one in seconds.items() if one is not None}),
         "retry": None if retries is None else Retry(retries=retries),
-        "tls": _tls(known("tls"), {name: known(f"tls_{name}") for name in ("ca", "cert", "key", "server_name")}),
+        "tls": _tls(options, config),
         "token": known("token"),
     }
 
 
-def _tls(asked: bool | None, details: dict[str, str | None]) -> Tls | None:
-    """No TLS where it is refused, or neither it nor any of its details is asked for."""
-    return Tls(**details) if asked or (asked is None and any(details.values())) else None
+def _tls(options: ConnectionOptions, config: Mapping[str, Any]) -> Tls | None:
+    """No TLS where it is refused, or neither it nor any of its details is asked for.
+
+    Options go before the file here too: a `tls = false` in it does not send in clear text what one of them protects.
+    Raises InvalidArgumentError where the options contradict each other.
+    """
+    details = {name: getattr(options, f"tls_{name}") for name in ("ca", "cert", "key", "server_name")}
+    given = [f"--tls-{name.replace('_', '-')}" for name, value in details.items() if value]
+    if given and options.tls is False:
+        raise InvalidArgumentError(
+            f"--no-tls and {given[0]} contradict each other, as do their environment variables; leave one out",
+            input="tls",
+        )
+    asked = True if given else config.get("tls") if options.tls is None else options.tls
+    known = {name: value or config.get(f"tls_{name}") for name, value in details.items()}
+    return Tls(**known) if asked or (asked is None and any(known.values())) else None
 
 
 def open_client(options: ConnectionOptions, *, timeout: float | None = None) -> Client:

@@ -95,11 +95,33 @@ def test_an_option_goes_before_the_environment_and_that_before_the_file(
         (("--tls-ca", "ca.pem"), Tls(ca="ca.pem")),
         (("--tls-cert", "a.pem", "--tls-key", "b.pem"), Tls(cert="a.pem", key="b.pem")),
         (("--tls-server-name", "gpu", "--tls"), Tls(server_name="gpu")),
-        (("--tls-server-name", "gpu", "--no-tls"), None),
     ],
 )
-def test_any_tls_option_asks_for_it(options: tuple[str, ...], tls: Tls | None) -> None:
+@pytest.mark.parametrize("in_file", ["", "tls = false"])
+def test_any_tls_option_asks_for_it(options: tuple[str, ...], tls: Tls, in_file: str, config: Path) -> None:
+    config.write_text(in_file)
     assert arguments_of(*options)["tls"] == tls
+
+
+@pytest.mark.parametrize(
+    ("options", "in_file", "tls"),
+    [
+        ((), "tls = false\ntls_ca = '/ca.pem'", None),
+        (("--no-tls",), "tls_ca = '/ca.pem'", None),
+        (("--tls",), "tls = false\ntls_ca = '/ca.pem'", Tls(ca="/ca.pem")),
+        (("--tls-server-name", "gpu"), "tls = false\ntls_ca = '/ca.pem'", Tls(ca="/ca.pem", server_name="gpu")),
+    ],
+)
+def test_the_last_word_on_tls_is_the_options(
+    options: tuple[str, ...], in_file: str, tls: Tls | None, config: Path
+) -> None:
+    config.write_text(in_file)
+    assert arguments_of(*options)["tls"] == tls
+
+
+def test_options_that_ask_for_tls_and_refuse_it_are_no_clear_text() -> None:
+    with pytest.raises(InvalidArgumentError, match="--no-tls and --tls-server-name contradict each other"):
+        connection_arguments(ConnectionOptions(tls=False, tls_server_name="gpu"))
 
 
 def test_every_key_of_the_file_is_an_option() -> None:
