@@ -18,6 +18,7 @@ from diffuserve_client._options import AsJson, with_options
 
 if TYPE_CHECKING:
     from diffuserve.rollout import Alias, RolloutTable
+    from diffuserve.server.probe import Probe
 
 __all__ = ["rollout"]
 
@@ -157,8 +158,10 @@ def _write(
 
     change_table(deployment, _checkpoints(deployment), change)
     table, digest = _table(deployment)
-    server = following.server
-    told = None if server is None else _followed(server, digest, time.monotonic() + following.timeout)
+    told = None
+    if following.server is not None:
+        written = (deployment / table.FILE).stat().st_mtime_ns
+        told = _followed(following.server, digest, written, time.monotonic() + following.timeout)
     _print(table, digest, told, following.as_json)
 
 
@@ -195,30 +198,58 @@ def _table(deployment: Path) -> tuple[RolloutTable, str]:
         raise InvalidArgumentError(f"{deployment}: its table cannot be read: {error}; correct or remove it") from error
 
 
-def _followed(server: str, digest: str, until: float) -> dict[str, Any]:
-    """What the server says once the table is in effect. Raises DiffuserveError where that does not come about."""
+def _followed(server: str, digest: str, written: int, until: float) -> dict[str, Any]:
+    """What the server says once the table is in effect. Raises DiffuserveError where that does not come about.
+
+    Until the server has looked, it may tell of a table before this one; so a refusal must be of the file that was
+    `written` then (mtime in ns).
+    """
+    reason = "it does not follow this folder"
+    has_answered = False
     while True:
-        told = _ask(server)
-        if told["table"] == digest:
-            return told
-        if told["failed"] and not told["loading"] and told["problem"]:
-            failed = "; ".join(f"{name}: {reason}" for name, reason in told["failed"].items())
-            raise DiffuserveError(f"{server} goes on as before: {told['problem']} ({failed})")
+        told = _told(server)
+        if told is None and not (has_answered or _is_there(server)):
+            raise _no_answer(server)
+        if told is not None:
+            has_answered = True
+            if told["table"] == digest:
+                return told
+            reason = told["problem"] or reason
+            if told.get("refused") == written:
+                failed = "; ".join(f"{name}: {why}" for name, why in told["failed"].items())
+                raise DiffuserveError(f"{server} goes on as before: {reason}{f' ({failed})' if failed else ''}")
         if time.monotonic() > until:
-            reason = told["problem"] or "it does not follow this folder"
-            raise DiffuserveError(f"{server} goes on as before: {reason}")
+            raise _no_answer(server) if told is None else DiffuserveError(f"{server} goes on as before: {reason}")
         time.sleep(_POLL_SECONDS)
 
 
 def _ask(server: str) -> dict[str, Any]:
+    if (told := _told(server)) is None:
+        raise _no_answer(server)
+    return told
+
+
+def _told(server: str) -> dict[str, Any] | None:
+    """None where it does not answer, or not in time."""
+    told = _probe(server).operate("status")
+    return dict(told["rollout"]) if told and "rollout" in told else None
+
+
+def _is_there(server: str) -> bool:
+    """Whether there is a Triton, even if what it serves is too busy to answer, as it may be while it loads."""
+    return _probe(server).server_id() is not None
+
+
+def _probe(server: str) -> Probe:
     from diffuserve.server.probe import Probe
 
-    told = Probe(server.rstrip("/")).operate("status")
-    if told is None or "rollout" not in told:
-        raise ConnectionFailedError(
-            f"no diffuserve server answers at {server}; give its HTTP address, as in http://localhost:8000", url=server
-        )
-    return dict(told["rollout"])
+    return Probe(server.rstrip("/"))
+
+
+def _no_answer(server: str) -> ConnectionFailedError:
+    return ConnectionFailedError(
+        f"no diffuserve server answers at {server}; give its HTTP address, as in http://localhost:8000", url=server
+    )
 
 
 def _as_text(table: RolloutTable, server: dict[str, Any] | None, digest: str) -> str:

@@ -106,6 +106,10 @@ class Served:
         change_table(self.root, ("v1", "v2"), lambda table: table.with_alias("shop", change(table.aliases["shop"])))
 
     @property
+    def written(self) -> int:
+        return (self.root / "rollout.json").stat().st_mtime_ns
+
+    @property
     def status(self) -> dict[str, Any]:
         status: Any = self.service.status()["rollout"]
         return dict(status)
@@ -245,13 +249,18 @@ def test_a_checkpoint_that_cannot_be_loaded_changes_nothing_and_is_tried_again(s
     status = served.wait(lambda status: status["problem"] and status["failed"])
     assert "names v2; there are v1" in status["problem"]
     assert status["aliases"] == {"shop": {"v1": 1.0}}
+    assert served.wait(lambda status: status["refused"])["refused"] == served.written
     assert served.info(checkpoint="shop")["checkpoint"] == "v1"
     with pytest.raises(NotFoundError, match="'v2' is not deployed"):
         served.ask(checkpoint="v2")
     served.loading.fails.clear()
+    served.loading.gate.clear()
     served.set("shop=v2")  # the same again
+    served.wait(lambda status: status["loading"] == "v2")
+    assert served.status["refused"] is None, "it may be in effect soon"
+    served.loading.gate.set()
     served.wait(lambda status: status["aliases"] == {"shop": {"v2": 1.0}})
-    assert (served.status["failed"], served.status["problem"]) == ({}, "")
+    assert (served.status["failed"], served.status["problem"], served.status["refused"]) == ({}, "", None)
     assert served.loading.did[-1] == "v2"
 
 

@@ -53,6 +53,7 @@ class LiveRollout:
         self._table, self._digest, self._problem = RolloutTable(), "", ""
         self._loading: str | None = None
         self._failed: dict[str, str] = {}
+        self._refused: int | None = None
         self._loader: threading.Thread | None = None
         self._stale = False
         self._closed = threading.Event()
@@ -80,10 +81,12 @@ class LiveRollout:
 
         table    the digest of the file that is in effect
         problem  why the file that is there now is not; empty where it is
+        refused  where that is the last word on the file that was written then, its mtime in ns: nothing is to be loaded
         """
         table = self._table
         return {
             "table": self._digest,
+            "refused": self._refused,
             "problem": self._problem,
             "default": table.default or self._registry.default,
             "aliases": {name: alias.shares() for name, alias in table.aliases.items()},
@@ -99,14 +102,19 @@ class LiveRollout:
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
+            # Asked first: what is loaded by now is in the answer below.
+            settled = self._loader is None and not self._stale
             try:
                 if (seen := self._signature()) != self._seen:
+                    settled = False
                     self._seen = seen
                     self._failed = {}
                     self._stale = True
                     self._follow()
                 elif self._problem:
                     self._follow()  # what was missing may be loaded by now
+                table = seen[-1]
+                self._refused = table[-1] if table and settled and self._problem else None
                 if self._stale and self._loader is None:
                     self._stale = False
                     self._load()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -72,11 +72,11 @@ def test_folders_that_are_no_deployment(deployment: Path, tmp_path: Path) -> Non
 
 
 class FakeServer(HTTPServer):
-    """Answers `operation=status` with what the test says."""
+    """Answers `operation=status` with what the test says, one answer after another; the last one stays."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.answers: list[dict[str, Any]] = []
+        self.answers: list[dict[str, Any] | Callable[[], dict[str, Any]]] = []
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -85,7 +85,12 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         assert isinstance(server, FakeServer)
         told = server.answers.pop(0) if len(server.answers) > 1 else server.answers[0]
-        body = json.dumps({"info": json.dumps(told)}).encode()
+        self._answer(json.dumps({"info": json.dumps(told() if callable(told) else told)}).encode())
+
+    def do_GET(self) -> None:
+        self._answer(b'{"name": "triton"}')
+
+    def _answer(self, body: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -106,7 +111,7 @@ def fake_server() -> Iterator[FakeServer]:
 
 
 def told(**values: Any) -> dict[str, Any]:
-    return {"rollout": {"table": "", "problem": "", "loading": None, "failed": {}, **values}}
+    return {"rollout": {"table": "", "refused": None, "problem": "", "loading": None, "failed": {}, **values}}
 
 
 def test_it_waits_until_the_server_follows(
@@ -120,20 +125,33 @@ def test_it_waits_until_the_server_follows(
     done = run("set", deployment, "shop=v1", *where)
     assert (done.exit_code, len(fake_server.answers)) == (0, 1)
     assert "in effect on the server: yes" in done.stdout
-    fake_server.answers = [told(problem="names v2", failed={"v2": "too large"})]
+    # What it says of the table before this one is no answer, even where that one was the same; nor is a slow answer.
+    earlier = told(problem="names v2", failed={"v2": "too large"}, refused=1)
+    fake_server.answers = [earlier, {}, told(table=read_table(deployment)[1]), {}]
+    assert run("set", deployment, "shop=v1", *where).exit_code == 0
+
+    def refusal() -> dict[str, Any]:
+        written = (deployment / "rollout.json").stat().st_mtime_ns
+        return told(problem="names v2", failed={"v2": "still too large"}, refused=written)
+
+    fake_server.answers = [earlier, refusal]
     refused = run("set", deployment, "shop=v2", *where)
     assert refused.exit_code == 1
-    assert "goes on as before: names v2 (v2: too large)" in refused.stderr
-    assert "v2 failed: too large" in run("status", deployment, *where).stdout
+    assert "goes on as before: names v2 (v2: still too large)" in refused.stderr
+    assert "v2 failed: still too large" in run("status", deployment, *where).stdout
     fake_server.answers = [told()]
     late = run("set", deployment, "shop=v2", *where, "--timeout", "0.05")
     assert (late.exit_code, "does not follow this folder" in late.stderr) == (1, True)
+    fake_server.answers = [{}]
+    silent = run("set", deployment, "shop=v2", *where, "--timeout", "0.05")
+    assert (silent.exit_code, "no diffuserve server answers" in silent.stderr) == (3, True)
 
 
 def test_no_server_there(deployment: Path) -> None:
-    result = run("status", deployment, "--server", "http://127.0.0.1:9")
-    assert result.exit_code == 3
-    assert "no diffuserve server answers at http://127.0.0.1:9" in result.stderr
+    for command in (("status", deployment), ("set", deployment, "shop=v1")):
+        result = run(*command, "--server", "http://127.0.0.1:9")
+        assert result.exit_code == 3
+        assert "no diffuserve server answers at http://127.0.0.1:9" in result.stderr
 
 
 def test_the_status_of_a_folder_that_is_no_deployment(tmp_path: Path) -> None:
