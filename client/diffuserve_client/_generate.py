@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -153,11 +153,11 @@ def _run(
     with open_client(connection) as client, watching(request, show=output.show) as watcher:
         if watcher.shows and not writes:
             request = replace(request, preview_every=_SHOWN_PREVIEWS)
-        with _preview_files(paths if writes else ()) as previews:
+        with _preview_files(paths if writes else ()) as write_preview:
 
             def on_preview(event: PictureEvent) -> None:
                 if writes:
-                    _write([previews[event.index]], [event.data])
+                    write_preview(event)
                 watcher.show(event.index, event.data)
 
             started = time.monotonic()
@@ -173,13 +173,30 @@ def _run(
 
 
 @contextmanager
-def _preview_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """Where previews go; those that were written are gone at the end."""
+def _preview_files(paths: Sequence[Path]) -> Iterator[Callable[[PictureEvent], None]]:
+    """Writes previews into files of their own, which are gone at the end.
+
+    Raises InvalidArgumentError where such a file is there already: whose name nobody gave is not written over.
+    """
     previews = [path.with_name(f"{path.stem}.preview{path.suffix}") for path in paths]
+    for path in previews:
+        check_writable(path)
+        if path.exists():
+            raise InvalidArgumentError(
+                f"{path} is there already, and is no preview of this request; move it away, or choose another --output",
+                input="output",
+            )
+    written = set[Path]()
+
+    def write(event: PictureEvent) -> None:
+        path = previews[event.index]
+        _write([path], [event.data])
+        written.add(path)
+
     try:
-        yield previews
+        yield write
     finally:
-        for path in previews:
+        for path in written:
             with suppress(OSError):
                 path.unlink()
 

@@ -196,6 +196,15 @@ def test_a_read_only_folder_is_told_before_the_server_is_asked(
     assert fake.requests == []
 
 
+def test_a_file_that_a_preview_would_take_is_left_alone(fake: FakeTriton, tmp_path: Path) -> None:
+    mine = tmp_path / "out-1.preview.png"
+    mine.write_bytes(b"mine")
+    code, line = failed("generate", "a", "-n", "2", "--preview-every", "1", "--url", fake.url)
+    assert (code, fake.requests) == (2, [])
+    assert line.startswith("out-1.preview.png is there already, and is no preview of this request; move it away")
+    assert mine.read_bytes() == b"mine"
+
+
 def test_a_preview_that_cannot_be_written_ends_the_request(fake: FakeTriton, tmp_path: Path) -> None:
     def previews(fake: FakeTriton, request: GenerateRequest) -> Iterator[Any]:
         (tmp_path / "out.preview.png").mkdir()
