@@ -16,7 +16,7 @@ from diffuserve_client._exits import errors_as_exit_codes
 from diffuserve_client._options import AsJson, ConnectionOptions, open_client, with_options
 from diffuserve_client._request_options import read_picture
 from diffuserve_client._studio.batch import Batch
-from diffuserve_client._studio.folder import Folder, encoded, slug
+from diffuserve_client._studio.folder import Folder, encoded, filled_folder, slug
 from diffuserve_client._studio.options import Concurrency, Overwrite, SettingOptions
 
 if TYPE_CHECKING:
@@ -84,10 +84,10 @@ def angles(
         parameters = {"seed": 0, **setting.given(), **_of_image(method, data, strength, control_scale)}
         requests = [GenerateRequest(prompt=text, **parameters) for text in _prompts(prompt, views)]
         files = [f"{number:02}-{slug(one)}.png" for number, one in enumerate(views, 1)]
-        with open_client(connection) as client:
-            folder = Folder(output, overwrite=overwrite)
-            batch = folder.fill(client, requests, files, concurrency=concurrency, what="views")
-        told = _written(folder, image, reference, views, files, batch, columns)
+        with filled_folder(output, overwrite=overwrite) as folder:
+            with open_client(connection) as client:
+                batch = folder.fill(client, requests, files, concurrency=concurrency, what="views")
+            told = _written(folder, image, reference, views, files, batch, columns)
         typer.echo(json.dumps(told, ensure_ascii=False) if as_json else _as_text(told))
         batch.exit_unless_whole([f"of {one!r}" for one in views])
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
 import typer
 
@@ -45,12 +45,10 @@ class Batch:
         """What was made, in the requests' order."""
         return [one for one in self.outcomes if not isinstance(one, DiffuserveError)]
 
-    @property
-    def is_empty(self) -> bool:
-        return len(self.errors) == len(self.outcomes)
-
-    def raise_first(self) -> NoReturn:
-        """Raises KeyboardInterrupt where that ended it, else the first error."""
+    def raise_if_empty(self) -> None:
+        """Where nothing was made: raises KeyboardInterrupt if that is why, else the first error."""
+        if len(self.errors) < len(self.outcomes):
+            return
         if self.interrupted:
             raise KeyboardInterrupt
         raise self.errors[0]

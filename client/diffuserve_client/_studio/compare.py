@@ -13,7 +13,7 @@ from diffuserve.request import MAX_SEED
 from diffuserve_client._exits import errors_as_exit_codes
 from diffuserve_client._extras import require
 from diffuserve_client._options import AsJson, ConnectionOptions, open_client, with_options
-from diffuserve_client._studio.folder import Folder, encoded
+from diffuserve_client._studio.folder import Folder, encoded, filled_folder
 from diffuserve_client._studio.options import Concurrency, Overwrite
 from diffuserve_client._studio.variants import MAX_PICTURES, Plan
 
@@ -76,12 +76,12 @@ def compare(
         plan = Plan.of({name: values or () for name, values in axes.items()}, _seeds(seed, seeds), baseline or ())
         requests = [one.request(number, common) for one in plan.variants for number in plan.seeds]
         require("tools", "jinja2", "skimage.metrics")  # now, rather than after the pictures were made
-        with open_client(connection) as client:
-            folder = Folder(output, overwrite=overwrite)
-            files = _file_names(plan)
-            batch = folder.fill(client, requests, files, concurrency=concurrency, what="pictures")
-        comparison = compared(plan, batch.outcomes, files)
-        told = _written(folder, comparison, common)
+        files = _file_names(plan)
+        with filled_folder(output, overwrite=overwrite) as folder:
+            with open_client(connection) as client:
+                batch = folder.fill(client, requests, files, concurrency=concurrency, what="pictures")
+            comparison = compared(plan, batch.outcomes, files)
+            told = _written(folder, comparison, common)
         typer.echo(json.dumps(told, ensure_ascii=False) if as_json else _as_text(folder, comparison))
         batch.exit_unless_whole([f"of variant {one.variant + 1} and seed {one.seed}" for one in comparison.pictures])
 

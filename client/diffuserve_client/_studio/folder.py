@@ -6,8 +6,8 @@ import contextlib
 import io
 import json
 import re
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from diffuserve_client._client import Client
     from diffuserve_client._results import GenerateResult
 
-__all__ = ["Folder", "encoded", "slug", "write_told"]
+__all__ = ["Folder", "encoded", "filled_folder", "slug", "write_told"]
 
 _LONGEST_SLUG: Final = 40
+_MARKER: Final = ".diffuserve-filling"  # there while a command fills the folder
 
 
 def slug(text: str) -> str:
@@ -47,39 +48,47 @@ def encoded(image: PIL.Image.Image, image_format: str) -> bytes:
     return file.getvalue()
 
 
-class Folder:
-    """A folder of a command's own: made at once, so that it is refused before any picture is made.
+@contextlib.contextmanager
+def filled_folder(path: Path, *, overwrite: bool, option: str = "--output") -> Iterator[Folder]:
+    """A folder of one command's own until it ends: made at once, so that it is refused before any picture is made.
 
-    Raises InvalidArgumentError where it holds files already, unless `overwrite`, or cannot be written to.
+    Where it was made here and nothing came of it, it goes again. `option` is what chooses it.
+
+    Raises InvalidArgumentError where another command fills it or it holds files already, unless `overwrite`, or where
+    it cannot be written to.
     """
-
-    def __init__(self, path: Path, *, overwrite: bool, option: str = "--output") -> None:
-        """`option` is what chooses it."""
-        self.path = path
-        self._is_new = not path.exists()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            is_empty = not any(path.iterdir())
-            # Asking for permission says nothing of a full or read-only disk; trying does.
-            probe = path / f".{secrets.token_hex(4)}.part"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"the folder {path} cannot be written to: {error.strerror}; choose another with {option}",
-                input="output",
-            ) from error
-        if not (is_empty or overwrite):
+    is_new = not path.exists()
+    marker = path / _MARKER
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        has_files = any(one != marker for one in path.iterdir())
+        # Asking for permission says nothing of a full or read-only disk; trying does.
+        marker.touch(exist_ok=overwrite)
+    except OSError as error:
+        problem = f"cannot be written to: {error.strerror}; choose another with {option}"
+        if isinstance(error, FileExistsError) and path.is_dir():
+            problem = f"is being filled by another command; choose another with {option}, or, where that was killed, "
+            problem += "give --overwrite"
+        raise InvalidArgumentError(f"the folder {path} {problem}", input="output") from error
+    try:
+        if has_files and not overwrite:
             raise InvalidArgumentError(
                 f"the folder {path} has files already; choose another with {option}, or give --overwrite",
                 input="output",
             )
+        yield Folder(path)
+    finally:
+        with contextlib.suppress(OSError):
+            marker.unlink(missing_ok=True)
+            if is_new:
+                path.rmdir()  # which it refuses unless it is empty
 
-    def drop(self) -> None:
-        """Remove it again where it was made here and nothing came of it."""
-        if self._is_new:
-            with contextlib.suppress(OSError):  # it is not empty
-                self.path.rmdir()
+
+@dataclass(frozen=True)
+class Folder:
+    """What a command puts into its folder."""
+
+    path: Path
 
     def save(self, result: GenerateResult, name: str) -> Path:
         """The picture of a result, with its generation parameters. Raises DiffuserveError."""
@@ -101,14 +110,8 @@ class Folder:
 
         with progress_shown(len(requests), what) as on_event:
             batch = run_batch(client, requests, concurrency=concurrency, on_done=on_done, on_event=on_event)
-        self.check_filled(batch)
+        batch.raise_if_empty()
         return batch
-
-    def check_filled(self, batch: Batch) -> None:
-        """Where nothing was made the folder goes again. Raises the batch's first error, or KeyboardInterrupt."""
-        if batch.is_empty:
-            self.drop()
-            batch.raise_first()
 
     def write(self, name: str, data: bytes) -> Path:
         """Raises DiffuserveError."""

@@ -15,7 +15,7 @@ from diffuserve_client._files import FORMAT_OF_SUFFIX, check_writable
 from diffuserve_client._options import AsJson, ConnectionOptions, open_client, with_options
 from diffuserve_client._studio.batch import Batch, OnEvent, progress_shown, run_batch
 from diffuserve_client._studio.film import FILM_SUFFIXES, check_encoder, film, frame_counts
-from diffuserve_client._studio.folder import Folder, encoded, write_told
+from diffuserve_client._studio.folder import Folder, encoded, filled_folder, write_told
 from diffuserve_client._studio.options import Concurrency, Overwrite, SettingOptions
 from diffuserve_client._studio.scenes import Scene, read_scenes
 
@@ -57,12 +57,12 @@ def storyboard(
     with errors_as_exit_codes():
         scenes = read_scenes(file, {name: value for name, value in given.items() if value is not None})
         _check_output(output, fps, duration)
-        with open_client(connection) as client:
-            path = frames or output.with_name(f"{output.stem}-frames")
-            folder = Folder(path, overwrite=overwrite, option="--frames")
-            batch = _made(client, folder, scenes, concurrency)
-        batch.exit_unless_whole([f"of scene {number}" for number in range(1, len(scenes) + 1)])
-        told = _written(output, folder, scenes, batch, fps or DEFAULT_FPS)
+        path = frames or output.with_name(f"{output.stem}-frames")
+        with filled_folder(path, overwrite=overwrite, option="--frames") as folder:
+            with open_client(connection) as client:
+                batch = _made(client, folder, scenes, concurrency)
+            batch.exit_unless_whole([f"of scene {number}" for number in range(1, len(scenes) + 1)])
+            told = _written(output, folder, scenes, batch, fps or DEFAULT_FPS)
         typer.echo(json.dumps(told, ensure_ascii=False) if as_json else _as_text(told))
 
 
@@ -92,7 +92,7 @@ def _made(client: Client, folder: Folder, scenes: Sequence[Scene], concurrency: 
 
     with progress_shown(len(scenes), "scenes") as on_event:
         batch = _run_waves(client, scenes, concurrency, on_done, on_event)
-    folder.check_filled(batch)
+    batch.raise_if_empty()
     return batch
 
 

@@ -72,7 +72,7 @@ def test_once_the_server_is_lost_the_rest_is_cancelled() -> None:
     assert client.is_closed
     told = [one.message if isinstance(one, DiffuserveError) else "" for one in batch.outcomes]
     assert told == ["lost", "", "no such LoRA", "lost", "lost"]
-    assert not batch.is_empty
+    batch.raise_if_empty()
 
 
 def test_nothing_is_shown_where_nobody_looks(client: Client, fake: FakeTriton) -> None:
@@ -83,6 +83,5 @@ def test_nothing_is_shown_where_nobody_looks(client: Client, fake: FakeTriton) -
 def test_a_server_that_is_not_there_is_the_first_error() -> None:
     with Client("localhost:9", retry=Retry(retries=0)) as client:
         batch = run_batch(client, requests(3), concurrency=1, on_done=lambda *_: None)
-    assert batch.is_empty
     with pytest.raises(ConnectionFailedError):
-        batch.raise_first()
+        batch.raise_if_empty()

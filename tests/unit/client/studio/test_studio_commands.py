@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 from diffuserve.errors import NotFoundError, QueueFullError
 from diffuserve_client import GenerateRequest
 from diffuserve_client._command import app
+from diffuserve_client._studio.folder import filled_folder
 from unit.client.fake_triton import FakeTriton, failure, image, response
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -110,6 +111,21 @@ def test_where_all_fail_nothing_is_left(painter: FakeTriton, tmp_path: Path, com
     result = run(painter, *command, "-o", "new")
     assert (result.exit_code, result.stderr) == (2, "diffuserve: there is no LoRA x\n")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_is_one_commands_at_a_time(painter: FakeTriton, tmp_path: Path) -> None:
+    command = ("compare", "--prompt", "red", "-o", "new")
+    first = filled_folder(tmp_path / "new", overwrite=False)
+    first.__enter__()
+    result = run(painter, *command)
+    assert (result.exit_code, painter.requests) == (2, [])
+    assert result.stderr.startswith(
+        "diffuserve: the folder new is being filled by another command; choose another with "
+    )
+    assert run(painter, *command, "--overwrite").exit_code == 0, "as after one that was killed"
+    first.__exit__(None, None, None)
+    assert (tmp_path / "new/report.html").exists(), "what the other made is left"
+    assert [path for path in (tmp_path / "new").iterdir() if path.name.startswith(".")] == []
 
 
 def test_other_sizes_are_said(fake: FakeTriton, tmp_path: Path) -> None:
