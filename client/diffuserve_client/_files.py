@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Final
 
@@ -41,24 +43,38 @@ def check_writable(path: Path) -> None:
 
     Raises InvalidArgumentError.
     """
-    folder = path.parent
+    what = f"the folder {path.parent}"
     try:
-        if not folder.is_dir():
-            raise InvalidArgumentError(f"the folder {folder} does not exist; create it first", input="output")
         if path.is_dir():
             raise InvalidArgumentError(f"{path} is a folder; name a file in it", input="output")
-        may_write = os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)
+        if _stream(path) is None:
+            place, needed = _replaced(path).parent, os.W_OK | os.X_OK
+            what = f"the folder {place}"
+            if not place.is_dir():
+                raise InvalidArgumentError(f"{what} does not exist; create it first", input="output")
+        else:
+            place, needed, what = path, os.W_OK, str(path)
+        may_write = os.access(place, needed, effective_ids=os.access in os.supports_effective_ids)
     except OSError:  # such as a folder above it that may not be entered
         may_write = False
     if not may_write:
-        raise InvalidArgumentError(f"the folder {folder} cannot be written to; choose another", input="output")
+        raise InvalidArgumentError(f"{what} cannot be written to; choose another", input="output")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write through a file beside it, so that `path` never holds half a picture.
 
+    A link stays one: the file that it names is written. What is no file, such as a pipe or /dev/stdout, cannot be
+    replaced, and is written to.
+
     Raises OSError.
     """
+    stream = _stream(path)
+    if stream is not None:
+        with open(stream, "wb", closefd=isinstance(stream, Path)) as file:
+            file.write(data)
+        return
+    path = _replaced(path)
     # Not tempfile: its files are readable by their owner alone, whatever the umask says.
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -68,3 +84,23 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def _replaced(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+def _stream(path: Path) -> Path | int | None:
+    """What to open where the path is no file to replace: itself, or the descriptor of stdout or stderr.
+
+    The latter even where they go to a file: opened anew, that would be written from its beginning.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # it is closed
+            if os.path.samestat(found, os.fstat(descriptor)):
+                return descriptor
+    return None if stat.S_ISREG(found.st_mode) else path
