@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -55,7 +56,13 @@ def check_writable(path: Path) -> None:
         else:
             place, needed, what = path, os.W_OK, str(path)
         may_write = os.access(place, needed, effective_ids=os.access in os.supports_effective_ids)
-    except OSError:  # such as a folder above it that may not be entered
+    except OSError as error:  # such as a folder above it that may not be entered
+        if error.errno == errno.ENAMETOOLONG:
+            raise InvalidArgumentError(
+                f"the name {path.name[:32]!r}... has {len(os.fsencode(path.name))} bytes, more than a file's may; "
+                "choose a shorter one",
+                input="output",
+            ) from error
         may_write = False
     if not may_write:
         raise InvalidArgumentError(f"{what} cannot be written to; choose another", input="output")
@@ -75,8 +82,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
         return
     path = _replaced(path)
-    # Not tempfile: its files are readable by their owner alone, whatever the umask says.
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    # Not tempfile: its files are readable by their owner alone, whatever the umask says. And not after `path`, whose
+    # name may be as long as names can be.
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
             file.write(data)

@@ -1,4 +1,4 @@
-"""Where a command's files go: whole, through links, and into pipes."""
+"""Where a command's files go: whole, through links, into pipes, and under the longest names."""
 
 from __future__ import annotations
 
@@ -60,3 +60,13 @@ def test_stdout_is_written_to_in_its_turn_wherever_it_goes(tmp_path: Path) -> No
     assert (tmp_path / "file").read_text() == "before\ndata after\n"
     piped = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, timeout=60)
     assert piped.stdout == b"before\ndata after\n"
+
+
+def test_a_name_is_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    longest = tmp_path / f"{'é' * 125}a.png"
+    assert len(longest.name.encode()) == 255
+    check_writable(longest)
+    write_atomically(longest, b"picture")
+    assert longest.read_bytes() == b"picture"
+    with pytest.raises(InvalidArgumentError, match=r"has 256 bytes, more than a file's may; choose a shorter one"):
+        check_writable(tmp_path / f"a{longest.name}")
