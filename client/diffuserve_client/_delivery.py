@@ -243,7 +243,10 @@ class Delivery:
         """Remember what the error says of the server, for this client's other requests too."""
         if isinstance(error, QueueFullError):
             self._endpoints.full(endpoint, max(_LEAST_ROOM_S, _seconds(error.detail.get("eta_ms"), self._retry.first)))
-        elif not isinstance(error, DeadlineError) and isinstance(error, _LOSSES):
+        elif isinstance(error, DeadlineError):
+            if "unreachable" in error.detail:
+                self._endpoints.failed(endpoint)
+        elif isinstance(error, _LOSSES):
             self._endpoints.failed(endpoint)
 
     def _may_retry(self, error: DiffuserveError, url: str) -> bool:

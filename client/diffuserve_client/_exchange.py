@@ -264,7 +264,9 @@ def connect_failure(code: Any, details: str | None, *, url: str, timeout: Timeou
         return CancelledError(f"the request was cancelled while the client connected to {url}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         if timeout.total <= timeout.connect:
-            return _deadline(timeout, url, "none of it begun")
+            late = _deadline(timeout, url, "none of it begun")
+            late.detail["unreachable"] = True
+            return late
         reason = f"no answer within {timeout.connect:g} s"
     elif code in _CREDENTIALS_REFUSED:
         return _refused(url, details or code.name)

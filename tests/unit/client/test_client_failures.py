@@ -336,8 +336,9 @@ def test_something_that_accepts_and_says_nothing(client_class: Any) -> None:
             client.generate("a")
         with client_class(url, timeout=0.3, retry=ONCE) as client:
             for _ in range(3):  # two clocks that run out together are told apart by chance
-                with pytest.raises(DeadlineError, match=r"not done within 0\.3 s"):
+                with pytest.raises(DeadlineError, match=r"not done within 0\.3 s") as caught:
                     client.generate("a")
+                assert caught.value.detail["unreachable"], "so that the next request goes elsewhere, where there is one"
             (told,) = client.health()
             assert isinstance(told.error, DeadlineError)
 

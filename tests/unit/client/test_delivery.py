@@ -134,7 +134,14 @@ def test_with_no_retries_every_failure_is_raised_at_once(error: DiffuserveError)
 
 
 @pytest.mark.parametrize(
-    "error", [lost(), QueueFullError("full", eta_ms=400), DrainingError("no"), ComponentFailedError("died")]
+    "error",
+    [
+        lost(),
+        QueueFullError("full", eta_ms=400),
+        DrainingError("no"),
+        ComponentFailedError("died"),
+        DeadlineError("late", unreachable=True),
+    ],
 )
 def test_with_no_retries_too_a_server_that_failed_is_left_alone(error: DiffuserveError) -> None:
     service = Service("a:1", "b:1", retry=Retry(retries=0))
