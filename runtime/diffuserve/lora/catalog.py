@@ -6,6 +6,7 @@ such as a NaN, is found when a request names the file.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ __all__ = ["MOST_LOOKED_AT", "MOST_NAMES", "LoraCatalog"]
 MOST_NAMES: Final = 256
 MOST_LOOKED_AT: Final = 1024
 _FRESH_S: Final = 2.0
+
+_log: Final = logging.getLogger(__name__)
 
 
 class LoraCatalog:
@@ -83,5 +86,8 @@ class LoraCatalog:
         try:
             rank = self._loras.required_rank(self._folder.header(path))
         except (OSError, ValueError):
+            return None
+        except Exception:  # one file of many, with whatever somebody wrote into it
+            _log.exception("%s is left out of the LoRAs", path)
             return None
         return path.stem if rank <= self._loras.rank else f"{path.stem}:truncate"

@@ -48,6 +48,7 @@ _MAX_TENSORS: Final = 10_000
 _MAX_VALUE: Final = 10_000.0
 _DTYPES: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMED_LAYERS: Final = 5  # in an error's message
+_MOST_PARTS: Final = 64  # between underscores; real names have 13
 
 _FACTOR: Final = re.compile(
     r"(?P<layer>.+?)[._]lora(?:_linear_layer)?[._](?P<factor>A|B|down|up)(?:\.\w+)?\.weight", re.ASCII
@@ -194,7 +195,8 @@ def _sorted(tensors: Mapping[str, torch.Tensor]) -> tuple[_Pairs, dict[Place, fl
                 raise ValueError(f"has the layer {key[:128]!r} twice, under two names")
             pair[which] = tensor
         elif (found := _ALPHA.fullmatch(key)) and tensor.numel() == 1:
-            alphas[_place(found["layer"])] = float(tensor)
+            place = _place(found["layer"])
+            alphas[place] = _alpha(tensor, place)
         else:
             other = _OTHER.match(key)
             kind, layer = (_KINDS[other["kind"]], other["layer"]) if other else ("no LoRA", key)
@@ -224,21 +226,46 @@ class _Scales:
         self._configs, self._alphas = configs, alphas
         if any(key.endswith(".use_dora") and value for key, value in configs.items()):
             raise ValueError("holds what two factors a layer cannot express: DoRA")
+        self._patterns = {part: _patterns(part, configs) for part in (UNET, TEXT_ENCODER, TEXT_ENCODER_2)}
 
     def of(self, place: Place, rank: int) -> float:
         prefix = place.component
-        patterns = self._configs.get(f"{prefix}.alpha_pattern") or {}
         if place in self._alphas:
             alpha = self._alphas[place]
         elif f"{prefix}.lora_alpha" in self._configs:
-            named = (value for key, value in patterns.items() if place.name.endswith(key.replace(".", "_")))
-            alpha = float(next(named, self._configs[f"{prefix}.lora_alpha"]))
+            alpha = _alpha(self._named(place, self._configs[f"{prefix}.lora_alpha"]), place)
         else:
             return 1.0
         scale = alpha / (math.sqrt(rank) if self._configs.get(f"{prefix}.use_rslora") else rank)
         if not abs(scale) <= _MAX_VALUE:  # written so that a NaN fails
             raise ValueError(f"has an alpha of {alpha:g} for {listed([place])}, at a rank of {rank}")
         return scale
+
+    def _named(self, place: Place, default: Any) -> Any:
+        """What the first of the patterns says that the layer's name ends with."""
+        parts = place.name.rsplit("_", _MOST_PARTS)
+        patterns = self._patterns[place.component]
+        ends = ("_".join(parts[start:]) for start in range(len(parts)))
+        found = [patterns[end] for end in ends if end in patterns]
+        return min(found, key=lambda one: one[0])[1] if found else default
+
+
+def _patterns(component: str, configs: Mapping[str, Any]) -> dict[str, tuple[int, Any]]:
+    """PEFT's alphas of single layers, with their order: by the last parts of a layer's name, which are whole there."""
+    told = configs.get(f"{component}.alpha_pattern") or {}
+    if not isinstance(told, dict):
+        raise ValueError(f"has an alpha_pattern for {component} that is {str(told)[:80]!r}, and must name layers")
+    patterns = dict[str, tuple[int, Any]]()
+    for order, (key, value) in enumerate(told.items()):
+        patterns.setdefault(key.replace(".", "_").removeprefix("text_model_"), (order, value))
+    return patterns
+
+
+def _alpha(value: Any, place: Place) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"has an alpha of {str(value)[:80]} for {listed([place])}, which is no number") from error
 
 
 def _module(place: Place, pair: Mapping[str, torch.Tensor], scales: _Scales) -> LoraModule:

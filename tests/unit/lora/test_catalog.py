@@ -64,6 +64,7 @@ def test_names_are_those_that_fit(catalog: LoraCatalog, root: Path) -> None:
     (root / "cut.safetensors").write_bytes((root / "Night.safetensors").read_bytes()[:-1])
     (root / "text.safetensors").write_bytes(b"night")
     (root / "long.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
+    put(root, "odd", lora_adapter_metadata='{"unet.lora_alpha": null}')
     (root / "link.safetensors").symlink_to(put(root.parent / "outside", "link"))
     assert told(catalog) == (("bar:truncate", "Night", "own"), 0)
     (root / "Night.safetensors").unlink()
@@ -97,6 +98,23 @@ def test_files_are_looked_at_once_and_only_by_their_headers(
     put(root, "n1", tensors_of(rank=5))
     assert told(catalog) == (("n0", "n1:truncate", "n2"), 0)
     assert looked[3:] == ["n1"]
+
+
+def test_a_file_that_nobody_thought_of_leaves_the_others(
+    catalog: LoraCatalog, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    header = LoraFolder.header
+
+    def looked(self: LoraFolder, path: Path) -> Any:
+        if path.stem == "odd":
+            raise TypeError("of another kind")
+        return header(self, path)
+
+    monkeypatch.setattr(LoraFolder, "header", looked)
+    for name in ("night", "odd"):
+        put(root, name)
+    assert told(catalog) == (("night",), 0)
+    assert "odd.safetensors is left out" in caplog.text
 
 
 def test_what_there_was_no_time_for_is_counted_and_comes_later(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from diffuserve.lora.files import LoraFile, Place, parse_lora_file
+from diffuserve.lora.files import LoraFile, Place, parse_lora_file, parse_lora_header
 from unit.lora.files import TO_Q, tensors_of
 
 DOWN, UP = tensors_of().values()
@@ -89,6 +90,8 @@ def test_alpha_is_divided_by_the_rank() -> None:
         ({"unet.r": 2, "unet.lora_alpha": 6}, 3.0),
         ({"unet.r": 2, "unet.lora_alpha": 6, "unet.use_rslora": True}, 6 / math.sqrt(2)),
         ({"unet.r": 2, "unet.lora_alpha": 6, "unet.alpha_pattern": {"attn1.to_q": 1}}, 0.5),
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"k": 2, "to_q": 0, "attn1.to_q": 1}}, 0.0),  # the first
+        ({"unet.lora_alpha": 6, "unet.alpha_pattern": {"o_q": 1}}, 3.0),  # parts of a name are whole
         ({"text_encoder.lora_alpha": 6}, 1.0),
         ({}, 1.0),
     ],
@@ -96,6 +99,42 @@ def test_alpha_is_divided_by_the_rank() -> None:
 def test_pefts_config_says_the_alpha(config: dict[str, Any], scale: float) -> None:
     file = parsed(tensors_of(), lora_adapter_metadata=json.dumps(config))
     assert file.modules[Q].scale == pytest.approx(scale)
+
+
+def test_a_pattern_names_a_layer_of_a_text_encoder_as_peft_does() -> None:
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    config = {"text_encoder.lora_alpha": 6, "text_encoder.alpha_pattern": {layer: 1}}
+    file = parsed(tensors_of(layer=f"text_encoder.{layer}"), lora_adapter_metadata=json.dumps(config))
+    assert [one.scale for one in file.modules.values()] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"unet.lora_alpha": None}, "an alpha of None for .*to_q, which is no number"),
+        ({"unet.lora_alpha": 10**400}, "an alpha of 1000.*, which is no number"),
+        ({"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": {}}}, "an alpha of {}"),
+        ({"unet.lora_alpha": 4, "unet.alpha_pattern": [1]}, r"alpha_pattern for unet that is '\[1\]'"),
+        ({"unet.lora_alpha": 4, "unet.alpha_pattern": "x"}, "alpha_pattern for unet that is 'x'"),
+    ],
+)
+def test_metadata_of_another_kind_is_refused(config: dict[str, Any], said: str) -> None:
+    content = safetensors.torch.save(tensors_of(), {"lora_adapter_metadata": json.dumps(config)})
+    for parse in (parse_lora_file, lambda whole: parse_lora_header(whole, len(whole))):
+        with pytest.raises(ValueError, match=said):
+            parse(content)
+
+
+def test_a_header_that_is_all_patterns_takes_no_time_for_each_layer() -> None:
+    tensors = {
+        f"unet.layer{number}.to_q.lora_{factor}.weight": torch.ones(1, 1) for number in range(1000) for factor in "AB"
+    }
+    patterns = {f"never.{number}": 1 for number in range(40_000)}  # 40 million pairs
+    config = {"unet.lora_alpha": 4, "unet.alpha_pattern": patterns}
+    content = safetensors.torch.save(tensors, {"lora_adapter_metadata": json.dumps(config)})
+    began = time.thread_time()
+    parse_lora_header(content, len(content))
+    assert time.thread_time() - began < 3
 
 
 def test_convolutions_of_one_pixel_are_matrices() -> None:
