@@ -9,7 +9,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -136,7 +136,7 @@ class _Pull:
     def _bring(self, staging: Path, blob: Blob, paths: list[str], label: str) -> None:
         """One content, to all the files that hold it."""
         first = staging / paths[0]
-        if _is_whole(first, blob):
+        if _is_whole(first, blob, lambda _: self._progress.advance(label, 0)):
             self._kept_one()
             self._progress.advance(label, blob.bytes)
         else:
@@ -146,6 +146,7 @@ class _Pull:
             part.replace(first)
         for path in paths[1:]:
             other = staging / path
+            self._progress.advance(label, 0)
             other.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(first, other)
 
@@ -225,9 +226,9 @@ def _is_plain(folder: Path) -> bool:
     return all(stat.S_ISDIR(mode) or stat.S_ISREG(mode) for mode in modes)
 
 
-def _is_whole(file: Path, blob: Blob) -> bool:
+def _is_whole(file: Path, blob: Blob, advance: Callable[[int], None]) -> bool:
     try:
-        return file.lstat().st_size == blob.bytes and blob_of(file) == blob
+        return file.lstat().st_size == blob.bytes and blob_of(file, advance) == blob
     except OSError:
         return False
 

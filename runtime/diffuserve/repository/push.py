@@ -94,13 +94,16 @@ def _pushed(
     began, sent, kept = time.monotonic(), list[Blob](), list[Blob]()
     progress.began(store.url, sum(blob.bytes for blob in local.blobs))
 
+    def advance(count: int) -> None:
+        progress.advance(store.url, count)
+
     def bring(item: tuple[Blob, list[str]]) -> None:
         blob, paths = item
-        if store.has(blob) and not (repair and store.problem_of(blob, lambda _: None)):
+        if store.has(blob) and not (repair and store.problem_of(blob, lambda _: advance(0))):
             kept.append(blob)
-            progress.advance(store.url, blob.bytes)
+            advance(blob.bytes)
             return
-        store.send(files[paths[0]], blob, lambda count: progress.advance(store.url, count))
+        store.send(files[paths[0]], blob, advance)
         sent.append(blob)
 
     error = ""

@@ -13,7 +13,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -97,8 +97,8 @@ class Store:
         """Raises DamagedError where the manifest is not what was written under that name."""
         path = self._version_path(name, version)
         with self._told(f"{name}@{version}"):
-            size = self._size(path)
-            data = self.system.cat_file(path, start=0, end=size) if size <= MAX_MANIFEST_BYTES else b" " * size
+            # One byte more than is read, which says that there is more.
+            data = self.system.cat_file(path, start=0, end=min(self._size(path), MAX_MANIFEST_BYTES + 1))
         try:
             read = DeploymentVersion.from_json(data.decode())
             if (read.name, read.version) != (name, version):
@@ -131,16 +131,26 @@ class Store:
             return False
 
     def send(self, file: Path, blob: Blob, advance: Advance) -> None:
-        """Store a file's content, and make sure that it arrived.
+        """Store a file's content, and make sure that it arrived. `advance` is told of 0 bytes while it only reads.
 
         Raises DamagedError where the file is not what it was when its digest was taken, or another content arrived.
         """
-        path, prints = self._blob_path(blob), _Prints.of(file)
+        path = self._blob_path(blob)
+        try:
+            prints = _Prints.of(file, lambda _: advance(0))
+        except OSError as error:
+            raise _changed(file, error) from error
         if prints.blob != blob:
-            raise DamagedError(f"{file} has changed while it was pushed; push again when nothing writes to it")
+            raise _changed(file)
         with self._told(blob.sha256):
-            self._put(file, path, advance)
-            if not prints.confirmed_by(self.system.info(path)) and self.digest_of(blob) != blob.sha256:
+            try:
+                self._put(file, path, advance)
+            except FileNotFoundError as error:
+                if file.exists():
+                    raise
+                raise _changed(file, error) from error
+            confirmed = prints.confirmed_by(self.system.info(path))
+            if not confirmed and self.digest_of(blob, lambda _: advance(0)) != blob.sha256:
                 self.system.rm_file(path)
                 raise DamagedError(
                     f"{self.url}: what arrived of {file} is not what was sent ({blob.sha256}), and was removed; push "
@@ -149,7 +159,10 @@ class Store:
                 )
 
     def fetch(self, blob: Blob, file: Path, advance: Advance) -> None:
-        """Write a blob's content to a file. Raises DamagedError where it is not what its name says."""
+        """Write a blob's content to a file. `advance` is told of 0 bytes while it only reads.
+
+        Raises DamagedError where it is not what its name says.
+        """
         path = self._blob_path(blob)
         with file.open("w+b") as target:
 
@@ -162,9 +175,13 @@ class Store:
             with self._told(blob.sha256):
                 if (size := self._size(path)) != blob.bytes:
                     raise self._damaged(blob, f"it has {size} bytes instead of {blob.bytes}")
-                for part in [self._parts.submit(fetch, start) for start in range(0, blob.bytes, _PART_BYTES)]:
-                    part.result()
-        if (found := blob_of(file)) != blob:
+                parts = [self._parts.submit(fetch, start) for start in range(0, blob.bytes, _PART_BYTES)]
+                try:
+                    for part in as_completed(parts):
+                        part.result()
+                finally:  # none of them may write once the file is closed
+                    wait([part for part in parts if not part.cancel()])
+        if (found := blob_of(file, lambda _: advance(0))) != blob:
             raise self._damaged(blob, f"its digest is {found.sha256}")
 
     def problem_of(self, blob: Blob, advance: Advance) -> str:
@@ -178,7 +195,7 @@ class Store:
             return "it is missing"
         return "" if found == blob.sha256 else f"its digest is {found} instead of {blob.sha256}"
 
-    def digest_of(self, blob: Blob, advance: Advance = lambda _: None) -> str:
+    def digest_of(self, blob: Blob, advance: Advance) -> str:
         """The digest of what is there in a blob's place, in hexadecimal."""
         digest, path = hashlib.sha256(), self._blob_path(blob)
         with self._told(blob.sha256):
@@ -299,7 +316,8 @@ class _Prints:
     parts: tuple[bytes, ...]
 
     @classmethod
-    def of(cls, file: Path) -> _Prints:
+    def of(cls, file: Path, advance: Advance) -> _Prints:
+        """Raises OSError."""
         digest, whole, size, parts = hashlib.sha256(), hashlib.md5(usedforsecurity=False), 0, []
         with file.open("rb") as stream:
             while chunk := stream.read(_PART_BYTES):
@@ -307,6 +325,7 @@ class _Prints:
                 whole.update(chunk)
                 size += len(chunk)
                 parts.append(hashlib.md5(chunk, usedforsecurity=False).digest())
+                advance(len(chunk))
         return cls(Blob(digest.hexdigest(), size), whole.digest(), tuple(parts))
 
     def confirmed_by(self, info: dict[str, Any]) -> bool:
@@ -315,6 +334,11 @@ class _Prints:
         etag, md5 = str(info.get("ETag", "")).strip('"'), info.get("md5Hash", "")
         right = (self.whole.hex(), f"{combined}-{len(self.parts)}")
         return info.get("size") == self.blob.bytes and (etag in right or md5 == base64.b64encode(self.whole).decode())
+
+
+def _changed(file: Path, error: OSError | None = None) -> DamagedError:
+    how = f" ({error.strerror or error})" if error else ""
+    return DamagedError(f"{file} has changed while it was pushed{how}; push again when nothing writes to it")
 
 
 def _is_name(name: str) -> bool:

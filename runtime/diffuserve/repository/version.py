@@ -114,7 +114,7 @@ class DeploymentVersion:
     def from_json(cls, text: str) -> DeploymentVersion:
         """Raises ValueError with what is wrong with the text."""
         if len(text) > MAX_MANIFEST_BYTES:
-            raise ValueError(f"it has {len(text)} bytes, and at most {MAX_MANIFEST_BYTES} are read")
+            raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes, which is the most that is read")
         try:
             raw = json.loads(text)
         except RecursionError as error:

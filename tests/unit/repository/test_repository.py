@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from diffuserve.repository import (
     verify_store,
 )
 from diffuserve.repository.folder import RECEIPT_FILE, blob_of, stored_files
-from diffuserve.repository.version import DeploymentVersion
+from diffuserve.repository.version import Blob, DeploymentVersion
 from unit.repository.conftest import EVERYWHERE, MakeDeployment, Place, flipped
 
 MakePlace = Callable[[], Place]
@@ -316,6 +317,79 @@ def test_a_file_that_changes_while_it_is_pushed(make_deployment: MakeDeployment,
     assert list_versions(place.url).versions == ()
 
 
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_file_that_goes_while_it_is_pushed(
+    make_deployment: MakeDeployment, make_place: MakePlace, monkeypatch: pytest.MonkeyPatch, read_before: bool
+) -> None:
+    root, one, other, of = make_deployment(), make_place(), make_place(), store._Prints.of
+
+    def prints(file: Path, advance: Callable[[int], None]) -> Any:
+        found = of(file, advance) if read_before else None
+        if file == root / UNET:
+            file.unlink(missing_ok=True)
+        return found or of(file, advance)
+
+    monkeypatch.setattr(store._Prints, "of", prints)
+    for report in push(root, [one.url, other.url], jobs=1):
+        assert "has changed while it was pushed (No such file or directory)" in report.error
+
+
+def test_ctrl_c_is_heard_while_whole_files_are_read(
+    make_deployment: MakeDeployment, place: Place, tmp_path: Path
+) -> None:
+    class Reading(Progress):
+        def advanced(self, label: str, count: int) -> None:
+            if not count:
+                raise CancelledError("the test interrupts")
+
+    root = make_deployment()
+    (report,) = push(root, [place.url], progress=Reading())
+    assert "the test interrupts" in report.error
+    assert place.blobs() == []
+    version = pushed(root, place)
+    with pytest.raises(CancelledError):
+        pull([place.url], "mine", tmp_path / "out", progress=Reading())
+    whole = tmp_path / f".out.{version.content[:16]}.pull" / UNET
+    whole.parent.mkdir(parents=True)
+    whole.write_bytes((root / UNET).read_bytes())
+    with pytest.raises(CancelledError):
+        pull([place.url], "mine", tmp_path / "out", jobs=1, progress=Reading())
+    (report,) = push(root, [place.url], repair=True, progress=Reading())
+    assert "the test interrupts" in report.error
+
+
+def test_a_part_that_fails_keeps_the_others_from_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = list[int](), list[int]()
+
+    class System:
+        def info(self, path: str) -> dict[str, Any]:
+            return {"type": "file", "size": 64}
+
+        def cat_file(self, path: str, start: int, end: int) -> bytes:
+            begun.append(start)
+            if start == 3:
+                raise OSError("the storage is gone")
+            time.sleep(0.01)
+            ended.append(start)
+            return b"x"
+
+    monkeypatch.setattr(store, "_PART_BYTES", 1)
+    one = store.Store("s3://b", System(), "b", 2)
+    with pytest.raises(StorageError, match="the storage is gone"):
+        one.fetch(Blob("a" * 64, 64), tmp_path / "file", lambda _: None)
+    assert sorted(ended) == sorted({*begun} - {3}), "a part that was running wrote to a file that was closed"
+    for _ in range(2):
+        one._parts.submit(lambda: None).result()  # after all that was queued
+    assert len(begun) < 32
+
+
+def test_a_manifest_has_a_limit_whatever_its_size(make_deployment: MakeDeployment, place: Place) -> None:
+    version = pushed(make_deployment(), place)
+    os.truncate(place.store._version_path("mine", version.version), 1 << 40)
+    (problem,) = list_versions(place.url).problems
+    assert "more than 8388608 bytes" in problem
+
+
 @EVERYWHERE
 def test_transfers_have_a_bound(
     make_deployment: MakeDeployment, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -454,8 +528,8 @@ def test_large_files_go_in_parts(
     info = place.store.system.info(place.store._blob_path(version.files[UNET]))
     assert info["ETag"].endswith('-3"')
     root = tmp_path / "mine"
-    assert store._Prints.of(root / UNET).confirmed_by(info)
-    assert not store._Prints.of(root / "deployment.json").confirmed_by(info)
+    assert store._Prints.of(root / UNET, lambda _: None).confirmed_by(info)
+    assert not store._Prints.of(root / "deployment.json", lambda _: None).confirmed_by(info)
     pull([place.url], "mine", tmp_path / "out")
     assert blob_of(tmp_path / "out" / UNET) == version.files[UNET]
 
