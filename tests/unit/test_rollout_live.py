@@ -264,6 +264,28 @@ def test_a_checkpoint_that_cannot_be_loaded_changes_nothing_and_is_tried_again(s
     assert served.loading.did[-1] == "v2"
 
 
+def test_a_new_try_that_is_asked_for_while_a_load_is_failing_comes_after_it(served: Served) -> None:
+    class Once(dict[str, str]):
+        def __getitem__(self, name: str) -> str:
+            return self.pop(name)
+
+    served.loading.fails = Once(v2="a file is missing")
+    served.loading.gate.clear()
+    served.export("v2")
+    served.wait(lambda status: status["loading"] == "v2")
+    served.set("shop=v1")
+    served.wait(lambda status: status["aliases"])
+    served.loading.gate.set()
+    told = list[object]()
+
+    def is_there(status: dict[str, Any]) -> bool:
+        told.append(status["failed"])
+        return "v2" in status["checkpoints"]
+
+    served.wait(is_there)
+    assert not any(told), "the failure is of what there was before"
+
+
 def test_a_decision_does_not_wait_for_a_load_and_a_load_is_waited_for_by_its_table(served: Served) -> None:
     served.export("v2")
     served.wait(lambda status: "v2" in status["checkpoints"])

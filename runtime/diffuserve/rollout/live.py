@@ -92,7 +92,7 @@ class LiveRollout:
             "aliases": {name: alias.shares() for name, alias in table.aliases.items()},
             "checkpoints": list(self._proven),
             "loading": self._loading,
-            "failed": dict(self._failed),
+            "failed": {} if self._stale else dict(self._failed),  # what failed is about to be tried again
         }
 
     def close(self) -> None:
@@ -108,7 +108,6 @@ class LiveRollout:
                 if (seen := self._signature()) != self._seen:
                     settled = False
                     self._seen = seen
-                    self._failed = {}
                     self._stale = True
                     self._follow()
                 elif self._problem:
@@ -116,6 +115,7 @@ class LiveRollout:
                 table = seen[-1]
                 self._refused = table[-1] if table and settled and self._problem else None
                 if self._stale and self._loader is None:
+                    self._failed = {}
                     self._stale = False
                     self._load()
             except Exception:
