@@ -59,9 +59,12 @@ class SharingOptions:
         def number(name: str, default: float) -> float:
             text = environment.get(f"{_PREFIX}{name}", "")
             try:
-                return float(text) if text else default
+                value = float(text) if text else default
             except ValueError:
-                raise ValueError(f"{_PREFIX}{name} is {text!r}, and must be a number") from None
+                value = math.nan
+            if not math.isfinite(value):
+                raise ValueError(f"{_PREFIX}{name} is {text!r}, and must be a number")
+            return value
 
         usual = Limits()
         budget = number("MEMORY_BUDGET_GB", 0.0) if environment.get(f"{_PREFIX}MEMORY_BUDGET_GB") else None

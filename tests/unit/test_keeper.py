@@ -259,6 +259,9 @@ def test_options_survive_the_way_through_the_environment() -> None:
     }.items():
         with pytest.raises(ValueError, match=r"must be"):
             SharingOptions.from_environment({f"DIFFUSERVE_{name}": text})
+    for name in ("MEMORY_BUDGET_GB", "LOADS_A_MINUTE", "LEAST_STAY_S"):
+        with pytest.raises(ValueError, match=f"DIFFUSERVE_{name} is 'inf', and must be a number"):
+            SharingOptions.from_environment({f"DIFFUSERVE_{name}": "inf"})
 
 
 def test_a_server_begins_with_what_its_budget_holds(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from diffuserve.server import ServerOptions, ServerSetupError, TritonServer, process
@@ -15,6 +16,7 @@ from diffuserve.server.__main__ import _Signals, main, settings_from
 from diffuserve.server.checks import Ports
 from diffuserve.server.embedded import Triton
 from diffuserve.server.launch import command_line, prepare, server_environment
+from diffuserve.wire import decode_operation
 
 EMBEDDED = Triton(Path("/triton/bin/tritonserver"), Path("/triton/backends"), True, Path("/python/lib"))
 OPTIONS = ServerOptions(Path("/deployments/shapes"), model_repository=Path("/models"))
@@ -85,6 +87,7 @@ def test_the_environment_leads_the_stubs_to_this_interpreter() -> None:
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "4194304",
         "MALLOC_TRIM_THRESHOLD_": "1000000",
+        **options.sharing.environment(),
     }
     installed = server_environment(Triton(Path("/tritonserver"), None), options, Path("/deployment"), {})
     assert "LD_LIBRARY_PATH" not in installed
@@ -258,6 +261,52 @@ def test_flags_become_options() -> None:
         triton_arguments=("--log-verbose=1", "--http-thread-count=2"),
     )
     assert settings_from(["--deployment", "d"])[0] == ServerOptions(Path("d"), echo="warnings")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--grace", "3600.5", "is 3600.5, and must be from 0 to 3600"),
+        ("--grace", "-1", "must be from 0"),
+        ("--grace", "nan", "is nan"),
+        ("--stall-timeout", "nan", "is nan"),
+        ("--start-timeout", "-1", "must be from 1"),
+        ("--exit-timeout", "-3", "must be from 0"),
+        ("--lora-budget-mb", "-1", "must be from 0"),
+        ("--memory-budget", "inf", "is inf"),
+        ("--memory-budget", "0", "must be above 0"),
+        ("--idle-release", "nan", "must be a number"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_the_start(
+    flag: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--deployment", "d", flag, value]) == 2
+    written = capsys.readouterr().err
+    assert said in written
+    assert written.count("\n") == 1
+
+
+def test_the_most_grace_is_what_a_drain_takes() -> None:
+    _, patience = settings_from(["--deployment", "d", "--grace", "3600"])
+    given = {"token": "t", "grace_ms": round(1000 * patience.grace)}
+    operation = decode_operation({"operation": np.array([b"drain"], dtype=object)}, given)
+    assert operation is not None
+    assert operation.grace_s == patience.grace
+
+
+def test_the_command_line_comes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSERVE_IDLE_RELEASE_S", "60")
+    monkeypatch.setenv("DIFFUSERVE_LOADS_A_MINUTE", "3")
+
+    def gets(*flags: str) -> tuple[str, str]:
+        options, _ = settings_from(["--deployment", "d", *flags])
+        environment = server_environment(EMBEDDED, options, Path("/d"), os.environ)
+        return environment["DIFFUSERVE_IDLE_RELEASE_S"], environment["DIFFUSERVE_LOADS_A_MINUTE"]
+
+    assert gets() == ("60.0", "3")
+    assert gets("--idle-release", "15") == ("900.0", "3")
+    assert gets("--loads-per-minute", "12") == ("60.0", "12")
 
 
 def test_the_first_signal_interrupts_and_a_later_one_kills() -> None:

@@ -27,6 +27,7 @@ class Server:
     made: list[Server]
     scripts: list[list[Any]]
     clock = 0.0
+    drained: Any = {}
 
     def __init__(self, options: ServerOptions) -> None:
         self.options, self.did = options, list[str]()
@@ -56,8 +57,9 @@ class Server:
             raise answer
         return answer
 
-    def drain(self, grace: float) -> None:
+    def drain(self, grace: float) -> Any:
         self.did.append(f"drain {grace:g}")
+        return self.drained
 
     def stop(self, patience: float | None = None) -> None:
         self.did.append(f"stop {patience:g}" if patience else "stop")
@@ -167,9 +169,16 @@ def test_the_end_drains_only_a_server_that_serves(said: list[str]) -> None:
     one = supervise(said, [GOOD], grace=7.0)
     one.stop()
     assert Server.made[0].did == ["start", "drain 7", "stop 3"]
+    assert said[1:] == ["stopping; requests under way have 7 s"]
     Server.made[0].is_ready = False
     one.stop()
     assert Server.made[0].did[3:] == ["stop 3"]
+
+
+def test_a_drain_that_nobody_answers_is_told(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Server, "drained", None)
+    supervise(said, [GOOD]).stop()
+    assert "the server does not answer: what was under way is lost" in said[-1]
 
 
 def test_a_drain_that_takes_its_time_leaves_less_for_the_end(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

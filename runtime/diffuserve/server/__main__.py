@@ -28,6 +28,15 @@ from diffuserve.server.supervisor import Patience, Supervisor
 from diffuserve.sharing import SharingOptions, weight_from
 
 _TOGETHER_SECONDS: Final = 0.5
+#: From, and to: an hour of grace is what a drain takes, and the others are bounds of what makes sense.
+_LIMITS: Final = {
+    "grace": (0, 3600),
+    "stall_timeout": (1, 86400),
+    "start_timeout": (1, 86400),
+    "exit_timeout": (0, 3600),
+    "lora_budget_mb": (0, 1 << 20),
+    "memory_budget": (0, 1e6),
+}
 _EXAMPLE: Final = """{"prompt": "a red circle", "image_encoding": "base64"}"""
 
 
@@ -106,8 +115,14 @@ def _fail(text: str, code: int = 1) -> int:
 
 
 def settings_from(arguments: Sequence[str] | None = None) -> tuple[ServerOptions, Patience]:
-    """What a command line asks for."""
+    """What a command line asks for. Raises ServerSetupError where that is out of range."""
     parsed = _parser().parse_args(arguments)
+    for name, (least, most) in _LIMITS.items():
+        value = getattr(parsed, name)
+        if value is not None and not least <= value <= most:  # written so that a NaN fails
+            raise ServerSetupError(
+                f"--{name.replace('_', '-')} is {value:.12g}, and must be from {least:.12g} to {most:.12g}"
+            )
     options = ServerOptions(
         deployment=parsed.deployment,
         embeddings=parsed.embeddings,

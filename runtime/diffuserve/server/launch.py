@@ -21,7 +21,6 @@ from diffuserve.server.checks import (
 )
 from diffuserve.server.embedded import Triton, find_triton
 from diffuserve.server.options import PUBLIC_MODEL, ServerOptions
-from diffuserve.sharing import SharingOptions
 
 __all__ = ["Launch", "command_line", "prepare", "server_environment"]
 
@@ -146,7 +145,6 @@ def server_environment(
         environment["DIFFUSERVE_LORAS"] = str(options.loras.absolute())
     if options.lora_budget_mb is not None:
         environment["DIFFUSERVE_LORA_BUDGET_MB"] = str(options.lora_budget_mb)
-    if options.sharing != SharingOptions():  # else what the environment says holds
-        environment.update(options.sharing.environment())
+    environment.update(options.sharing.environment())
     environment.update(options.environment)
     return environment

@@ -49,8 +49,8 @@ class ServerOptions:
     """Seconds that Triton waits for requests in flight and for models to unload when it stops."""
     shm_bytes: int = 8 * 2**20
     """Shared memory that each Python-backend model begins with; it grows where a request needs more."""
-    sharing: SharingOptions = field(default_factory=SharingOptions)
-    """How checkpoints share memory and time."""
+    sharing: SharingOptions = field(default_factory=lambda: SharingOptions.from_environment(os.environ))
+    """How checkpoints share memory and time; by default as the environment says."""
     triton_arguments: tuple[str, ...] = ()
     """Passed to tritonserver as they are, after all others."""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -94,7 +94,8 @@ class Supervisor:
             grace = self._patience.grace
             self._say(f"stopping; requests under way have {grace:g} s")
             end = time.monotonic() + grace + _END_SECONDS
-            self.server.drain(grace)
+            if self.server.drain(grace) is None:
+                self._say("the server does not answer: what was under way is lost, and must be sent again")
             self.server.stop(min(max(end - time.monotonic(), 1.0), _NOTHING_TO_LOSE_SECONDS))
         else:
             self._say("stopping")
