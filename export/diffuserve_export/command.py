@@ -140,8 +140,9 @@ def main(
     except ExportError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(error.exit_code) from error
-    except KeyboardInterrupt:
-        Console(stderr=True).print(f"interrupted: what was in {out} before is as it was", soft_wrap=True)
+    except KeyboardInterrupt as error:
+        found = str(error) or f"what was in {out} before is as it was"
+        Console(stderr=True).print(f"interrupted: {found}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED) from None
     if report.table.rows:
         console.print(report.table)

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 import diffuserve
+from diffuserve.written import write_atomically
 
-__all__ = ["FileHashes", "export_key", "write_atomically"]
+__all__ = ["FileHashes", "export_key"]
 
 _PACKAGES: Final = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers", "transformers", "tokenizers")
 # Of the runtime package, what decides what an export writes.
 _RUNTIME_FILES: Final = ("spec.py", "manifest.py", "profiles.py")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 class FileHashes:
@@ -51,6 +44,7 @@ class FileHashes:
         return str(entry[-1])
 
     def save(self) -> None:
+        """Raises OSError."""
         self.known = {name: entry for name, entry in self.known.items() if Path(name).exists()}
         write_atomically(self.cache, json.dumps(self.known))
 

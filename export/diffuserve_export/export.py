@@ -103,7 +103,8 @@ def export_checkpoint(options: ExportOptions, report: Report | None = None) -> M
     """Export one checkpoint into `options.out`, or do nothing where that very export is there and whole.
 
     Every graph is verified against torch before anything is put in place; an export that fails leaves the
-    deployment as it was. Raises OptionError, CheckpointError, VerificationError or ExportError.
+    deployment as it was. Raises OptionError, CheckpointError, VerificationError or ExportError; KeyboardInterrupt says
+    so where it came while a complete export was put in place, which is done all the same.
     """
     report = report or Report()
     plan = plan_export(options)
@@ -122,6 +123,10 @@ def export_checkpoint(options: ExportOptions, report: Report | None = None) -> M
                 manifest = share_components(options.out, staging, assemble(plan, key, staging, report))
                 workspace.seal(staging, plan.name)
                 workspace.publish(staging, plan.name)
+        except KeyboardInterrupt as error:
+            if workspace.current(plan.name, key) is None:
+                raise
+            raise KeyboardInterrupt(f"{plan.name} was complete by then, and is in {options.out}") from error
         except OSError as error:
             if error.errno not in _DISK_IS_FULL:
                 raise

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 from diffuserve_export.errors import CheckpointError
 
@@ -32,6 +33,13 @@ def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
         end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         if end != size:
             raise ValueError(f"it should have {end} bytes, and has {size}")
-        return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        return {name: _shape(tensor["shape"]) for name, tensor in header.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise CheckpointError(f"{file} is truncated or damaged: {error}; fetch it again") from error
+
+
+def _shape(told: Any) -> tuple[int, ...]:
+    """Raises ValueError."""
+    if not isinstance(told, list) or any(type(side) is not int or side < 0 for side in told):
+        raise ValueError(f"it says {str(told)[:80]} where a shape is meant")
+    return tuple(told)

@@ -19,7 +19,8 @@ from typing import IO, Final
 
 from diffuserve.manifest import Deployment, Manifest
 from diffuserve.spec import COMPONENTS
-from diffuserve_export.digests import FileHashes, write_atomically
+from diffuserve.written import write_atomically
+from diffuserve_export.digests import FileHashes
 from diffuserve_export.errors import ExportError, OptionError
 from diffuserve_export.report import Report
 from diffuserve_export.shared_models import CONFIG_HEADER, all_readable, models_in_use
@@ -66,7 +67,7 @@ class Workspace:
             return Deployment.load(self.root)
         except FileNotFoundError:
             return None
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise OptionError(
                 f"{self.root / Deployment.FILE} cannot be read: {error}; remove it or {self.root}"
             ) from error
@@ -162,10 +163,25 @@ def locked_workspace(root: Path, report: Report) -> Iterator[Workspace]:
         try:
             workspace.recover(report)
             yield workspace
-            workspace.hashes.save()
+            _save(workspace.hashes, report)
         finally:
             if made and not (root / Deployment.FILE).exists():
-                shutil.rmtree(root, ignore_errors=True)
+                _remove_own(root)
+
+
+def _save(hashes: FileHashes, report: Report) -> None:
+    try:
+        hashes.save()
+    except OSError as error:  # the export is whole without them
+        report.note(f"{hashes.cache} cannot be written ({error.strerror}): the next export reads all files again")
+
+
+def _remove_own(root: Path) -> None:
+    """Remove what this module made in a folder, and the folder where nobody put anything else into it."""
+    for file in (_HASHES, _LOCK):
+        (root / file).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        root.rmdir()
 
 
 def _lock(root: Path, report: Report) -> IO[str]:

@@ -234,9 +234,8 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Raises ValueError where the text is not a manifest of this version."""
-        raw = json.loads(text)
-        if not isinstance(raw, dict) or raw.get("format_version") != FORMAT_VERSION:
-            found = raw.get("format_version") if isinstance(raw, dict) else None
+        raw = _object(text)
+        if (found := raw.get("format_version")) != FORMAT_VERSION:
             raise ValueError(f"the manifest's format is {found}, and {FORMAT_VERSION} is read; export again")
         try:
             raw.update({name: Range(**raw[name]) for name in ("size", "vae_size", "rows")})
@@ -244,8 +243,17 @@ class Manifest:
             raw["components"] = {name: _component(value) for name, value in raw["components"].items()}
             raw["conditioning"] = _conditioning(raw["conditioning"])
             return cls(**raw)
-        except (KeyError, TypeError) as error:
+        except (LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"the manifest lacks or has too much: {error}; export again") from error
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object; an empty one where it is something else. Raises ValueError."""
+    try:
+        raw = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply; export again") from error
+    return raw if isinstance(raw, dict) else {}
 
 
 def _component(raw: dict[str, Any]) -> Component:
@@ -326,7 +334,8 @@ class Deployment:
     @classmethod
     def load(cls, root: Path) -> Deployment:
         """Raises FileNotFoundError where `root` is not a deployment, ValueError where it cannot be read."""
-        raw = json.loads((root / cls.FILE).read_text(encoding="utf-8"))
-        if raw.get("format_version") != _DEPLOYMENT_VERSION or not raw.get("checkpoints"):
+        raw = _object((root / cls.FILE).read_text(encoding="utf-8"))
+        names = raw.get("checkpoints") if raw.get("format_version") == _DEPLOYMENT_VERSION else None
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{root / cls.FILE} names no checkpoint in format {_DEPLOYMENT_VERSION}; export again")
-        return cls(root, tuple(raw["checkpoints"]))
+        return cls(root, tuple(names))

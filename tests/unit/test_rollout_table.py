@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from collections import Counter
@@ -135,6 +136,17 @@ def test_weights_as_they_are_written() -> None:
     assert parse_weights("shop=v1:90, v2:10") == ("shop", {"v1": 90.0, "v2": 10.0})
     assert parse_weights("shop=v2,v1") == ("shop", {"v2": 1.0, "v1": 1.0})
     assert parse_weights("shop=v2:1,v1:0") == ("shop", {"v2": 1.0})
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InvalidArgumentError, match=r"stays as it is: .*No space left"):
+        change_table(tmp_path, CHECKPOINTS, lambda _: table())
+    assert [path.name for path in tmp_path.iterdir()] == [".rollout.lock"]
 
 
 @pytest.mark.parametrize(

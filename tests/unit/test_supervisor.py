@@ -27,7 +27,7 @@ class Server:
     made: list[Server]
     scripts: list[list[Any]]
     clock = 0.0
-    drained: Any = {}
+    drained: Any = GOOD
 
     def __init__(self, options: ServerOptions) -> None:
         self.options, self.did = options, list[str]()

@@ -157,7 +157,7 @@ class LiveRollout:
         """An exported checkpoint that the server does not have, and that did not fail since the files changed."""
         try:
             names = Deployment.load(self._root).checkpoints[:MAX_CHECKPOINTS]
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (OSError, ValueError) as error:
             _log.warning("%s cannot be read: %s", self._root / Deployment.FILE, error)
             self._failed = {**self._failed, Deployment.FILE: str(error)}
             return None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from diffuserve.errors import InvalidArgumentError
+from diffuserve.written import write_atomically
 
 __all__ = ["Alias", "RolloutTable", "change_table", "check_name", "parse_weights", "read_table"]
 
@@ -216,9 +217,7 @@ def change_table(
             table.check(checkpoints)
             text = table.to_json()
             RolloutTable.from_json(text)
-            part = path.with_name(f".{path.name}.{os.getpid()}")
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
+            write_atomically(path, text)
     except (OSError, ValueError) as error:
         raise InvalidArgumentError(f"{path} stays as it is: {error}") from error
     return table

@@ -42,6 +42,16 @@ def truncate(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def headed(header: bytes) -> Callable[[Path], Any]:
+    """Damage: a file of weights that is this header."""
+    content = len(header).to_bytes(8, "little") + header
+    return lambda folder: (folder / "text_encoder" / "model.safetensors").write_bytes(content)
+
+
+def shaped(told: Any, offsets: tuple[int, ...] = (0, 0)) -> Callable[[Path], Any]:
+    return headed(json.dumps({"a": {"dtype": "F32", "shape": told, "data_offsets": offsets}}).encode())
+
+
 def pickles(folder: Path) -> None:
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_suffix(".bin"))
@@ -63,6 +73,11 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no weights", lambda f: (f / "text_encoder" / "model.safetensors").unlink(), "has no weights"),
     ("truncated", truncate, "is truncated or damaged: it should have"),
     ("empty", lambda f: (f / "text_encoder" / "model.safetensors").write_bytes(b""), "is truncated or damaged"),
+    ("nested", headed(b"[" * 200_000), "is truncated or damaged"),
+    ("one offset", shaped([1], (0,)), "is truncated or damaged"),
+    ("a shape of text", shaped(["q"]), "is truncated or damaged: it says ['q'] where a shape is meant"),
+    ("a negative shape", shaped([-5]), "it says [-5] where a shape is meant"),
+    ("no shape", shaped(7), "it says 7 where a shape is meant"),
     ("pickled", pickles, "pickled weights only"),
     (
         "another class",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -375,6 +376,31 @@ def test_one_export_at_a_time(tmp_path: Path) -> None:
     thread.join(10)
     # The first one made the folder, put nothing in it and removed it: the second works in a folder of its own.
     assert order == [f"waiting for another export into {tmp_path / 'out'}", "first", "second"]
+
+
+def test_a_new_folder_keeps_what_others_put_into_it(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with contextlib.suppress(KilledError), locked_workspace(out, Report()):
+        (out / "loras").mkdir()
+        (out / "loras" / "mine.safetensors").write_text("hours of work")
+        raise KilledError
+    assert [path.name for path in out.rglob("*")] == ["loras", "mine.safetensors"]
+
+
+def test_an_export_is_whole_without_the_hashes_that_it_remembers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    report = Recorder()
+    with locked_workspace(tmp_path, report) as workspace:
+        workspace.publish(stage(workspace, "new"), "x")
+        monkeypatch.setattr(Path, "write_text", full)
+    (note,) = report.notes
+    assert note.startswith(f"{tmp_path / '.hashes.json'} cannot be written (No space left on device)")
+    assert list(tmp_path.glob(".hashes*")) == []
 
 
 def test_the_lock_is_the_kernels(tmp_path: Path) -> None:

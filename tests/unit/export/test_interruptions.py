@@ -16,8 +16,17 @@ from typing import Any
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
-from diffuserve_export import CheckpointError, ExportError, ExportOptions, assembly, export_checkpoint, graph_process
+from diffuserve_export import (
+    CheckpointError,
+    ExportError,
+    ExportOptions,
+    assembly,
+    command,
+    export_checkpoint,
+    graph_process,
+)
 from diffuserve_export.engines import build, engine_from_onnx
 from diffuserve_export.engines.build import EngineError
 from diffuserve_export.graph_process import Server
@@ -77,11 +86,22 @@ def test_ctrl_c_while_publishing_completes_it(
 
     monkeypatch.setattr(Workspace, "publish", publish_with_interruption)
     options = ExportOptions(checkpoint=str(exported.checkpoint), out=tmp_path / "out")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=f"tiny was complete by then, and is in {tmp_path / 'out'}"):
         export_checkpoint(options)
     report = Recorder()
     export_checkpoint(options, report)
     assert report.notes == [f"tiny is up to date in {tmp_path / 'out'}"]
+
+
+def test_the_command_says_what_became_of_an_export_that_was_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt("tiny was complete by then, and is in out")
+
+    monkeypatch.setattr(command, "export_checkpoint", interrupted)
+    result = CliRunner().invoke(command.app, ["--checkpoint", "c", "--out", str(tmp_path)])
+    assert (result.exit_code, result.stderr) == (130, "interrupted: tiny was complete by then, and is in out\n")
 
 
 def test_a_killed_export_takes_its_builder_with_it(tmp_path: Path) -> None:
