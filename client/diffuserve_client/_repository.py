@@ -69,7 +69,7 @@ def push(
 def pull(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE", help=f"{_PLACE} Each is tried in turn.")],
     reference: Annotated[
-        str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version, the one that was pushed last.")
+        str, typer.Argument(metavar="NAME[@VERSION]", help="Without a version, the one whose first push was the last.")
     ],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     jobs: Jobs = 8,
@@ -141,9 +141,11 @@ def list_stored(
 
 
 def _pushed_text(one: Pushed) -> str:
+    newer = f"; `pull {one.name}` gets the newer {one.newest}" if one.is_outdated else ""
     return (
         f"{one.destination}: {one.name}@{one.version}, {one.files} files, {_size(one.bytes)}; sent "
         f"{_size(one.sent_bytes)} in {one.seconds:.1f} s, {one.kept} of {one.sent + one.kept} contents were there"
+        f"{newer}"
     )
 
 

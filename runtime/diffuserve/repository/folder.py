@@ -28,6 +28,7 @@ from diffuserve.rollout import RolloutTable
 __all__ = [
     "CHANGEABLE",
     "RECEIPT_FILE",
+    "SUMS_FILE",
     "blob_of",
     "blobs_of",
     "export_sums",
@@ -41,8 +42,9 @@ __all__ = [
 RECEIPT_FILE: Final = ".pulled.json"
 #: What may be written anew after a pull, as a checkpoint is exported into the folder or a rollout is decided.
 CHANGEABLE: Final = frozenset({Deployment.FILE, RolloutTable.FILE})
+#: An export's, beside its manifest: what it wrote.
+SUMS_FILE: Final = "SHA256SUMS"
 
-_SUMS_FILE: Final = "SHA256SUMS"  # an export's, beside its manifest
 _LOCK_FILE: Final = ".lock"  # an export's, while it writes
 _LEFT_OUT: Final = "__pycache__"  # Python's own, made anew by whoever serves
 _CHUNK: Final = 1 << 20
@@ -55,7 +57,7 @@ def open_deployment(root: Path) -> Deployment:
         deployment = Deployment.load(root)
         for name in deployment.checkpoints:
             deployment.manifest(check_name("checkpoint", name))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise RepositoryError(
             f"{root} is no whole deployment: {error}; give a folder that `make export` wrote"
         ) from error
@@ -152,7 +154,7 @@ def export_sums(deployment: Deployment) -> dict[str, str]:
     """
     sums: dict[str, str] = {}
     for name in deployment.checkpoints:
-        file = deployment.folder(name) / _SUMS_FILE
+        file = deployment.folder(name) / SUMS_FILE
         try:
             if file.stat().st_size > _MAX_SUMS_BYTES:
                 raise ValueError("it is too large")

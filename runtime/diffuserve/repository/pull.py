@@ -49,7 +49,7 @@ class Pulled:
 def pull(
     sources: Sequence[str], reference: str, out: Path, *, jobs: int = 8, progress: Progress | None = None
 ) -> Pulled:
-    """Restore NAME (the version that was pushed last) or NAME@VERSION as the folder `out`, which must not exist yet.
+    """Restore NAME (the version whose first push was the last) or NAME@VERSION as the folder `out`, which must be new.
 
     Each source is tried in turn, for the manifest and for every blob. An interrupted pull goes on when it is run
     again; what it has is read again before it is trusted. Where `out` is that very version, nothing is done.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ __all__ = ["Pushed", "push"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pushed:
-    """What became of one destination. `sent` and `kept` count blobs; `error` is empty where the version is there."""
+    """What became of one destination. `sent` and `kept` count blobs; `error` is empty where the version is there.
+
+    `newest` is the version that a pull of the name alone gets, where the destination had this one already.
+    """
 
     destination: str
     name: str
@@ -31,7 +35,13 @@ class Pushed:
     sent_bytes: int = 0
     kept: int = 0
     seconds: float = 0.0
+    newest: str = ""
     error: str = ""
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether a pull of the name alone gets another version."""
+        return bool(self.newest) and self.newest != self.version
 
 
 def push(
@@ -106,11 +116,13 @@ def _pushed(
         store.send(files[paths[0]], blob, advance)
         sent.append(blob)
 
-    error = ""
+    error, newest = "", ""
     try:
         is_there = _is_there(store, local)
         progress.in_parallel(bring, local.blobs.items(), store.jobs)
-        if not is_there:
+        if is_there:
+            newest = _newest(store, local.name)
+        else:
             store.publish(local)
     except DiffuserveError as problem:
         error = problem.message
@@ -124,8 +136,18 @@ def _pushed(
         sent_bytes=sum(blob.bytes for blob in sent),
         kept=len(kept),
         seconds=round(time.monotonic() - began, 3),
+        newest=newest,
         error=error,
     )
+
+
+def _newest(store: Store, name: str) -> str:
+    """The version that a pull of the name alone gets."""
+    versions = list[DeploymentVersion]()
+    for version in store.versions(name):
+        with contextlib.suppress(DamagedError):
+            versions.append(store.version(name, version))
+    return max(versions, key=lambda one: one.created).version
 
 
 def _is_there(store: Store, local: DeploymentVersion) -> bool:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffuserve.errors import NotFoundError
+from diffuserve.manifest import Deployment
 from diffuserve.repository.errors import DamagedError
-from diffuserve.repository.folder import CHANGEABLE, blobs_of, export_sums, open_deployment, receipt_of
+from diffuserve.repository.folder import (
+    CHANGEABLE,
+    SUMS_FILE,
+    blob_of,
+    blobs_of,
+    export_sums,
+    open_deployment,
+    receipt_of,
+)
 from diffuserve.repository.progress import Progress
 from diffuserve.repository.store import Store, open_store
 from diffuserve.repository.version import Blob, DeploymentVersion, split_reference
@@ -60,15 +69,17 @@ def verify_folder(root: Path, jobs: int = 8, progress: Progress | None = None) -
     """Read every file that an export wrote down, or that came with a pull, and compare its digest.
 
     What may change in a folder that is served (textual inversions that were added, say) is no problem, unless it came
-    with a pull and is another since. Raises RepositoryError where the folder is no deployment.
+    with a pull and is another since; nor is a checkpoint that was exported into it since, as it was written.
+
+    Raises RepositoryError where the folder is no deployment.
     """
     deployment = open_deployment(root)
     expected, problems = dict[str, str](), list[Problem]()
     try:
         receipt = receipt_of(root)
         if receipt is not None:
-            expected |= {path: blob.sha256 for path, blob in receipt.files.items() if path not in CHANGEABLE}
-        expected |= export_sums(deployment)  # of a checkpoint that was exported into the folder since
+            expected |= _still_expected(receipt, deployment)
+        expected |= export_sums(deployment)
     except DamagedError as error:
         problems.append(Problem(str(root), "", error.message))
     found = blobs_of({path: root / path for path in expected}, jobs, progress or Progress(), str(root))
@@ -79,6 +90,35 @@ def verify_folder(root: Path, jobs: int = 8, progress: Progress | None = None) -
         elif blob.sha256 != digest:
             problems.append(Problem(str(root), path, f"its digest is {blob.sha256} instead of {digest}"))
     return Verified(len(expected), sum(blob.bytes for blob in found.values() if blob), tuple(problems))
+
+
+def _still_expected(receipt: DeploymentVersion, deployment: Deployment) -> dict[str, str]:
+    """Digests of what came with a pull, without what belongs to a checkpoint that was exported into the folder since.
+
+    An export writes a checkpoint's manifest and list of digests anew, and removes models that no manifest names then.
+    """
+    pulled = {path: blob.sha256 for path, blob in receipt.files.items() if path not in CHANGEABLE}
+    anew = [name for name in deployment.checkpoints if _is_anew(name, pulled, deployment.root)]
+    if not anew:
+        return pulled
+    manifests = [deployment.manifest(name) for name in deployment.checkpoints if name not in anew]
+    models = {one.model for manifest in manifests for one in manifest.components.values()}
+
+    def is_expected(path: str) -> bool:
+        top, _, rest = path.partition("/")
+        one = rest.partition("/")[0]
+        return not (top == "checkpoints" and one in anew) and not (top == "models" and one not in models)
+
+    return {path: digest for path, digest in pulled.items() if is_expected(path)}
+
+
+def _is_anew(name: str, pulled: Mapping[str, str], root: Path) -> bool:
+    """Whether both files that say what a checkpoint is are others: one alone would be damage."""
+    paths = [f"checkpoints/{name}/{file}" for file in ("manifest.json", SUMS_FILE)]
+    try:
+        return all(blob_of(root / path).sha256 != pulled.get(path) for path in paths)
+    except OSError:
+        return False
 
 
 def verify_store(

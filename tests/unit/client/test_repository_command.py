@@ -7,12 +7,14 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from diffuserve.repository.version import DeploymentVersion
 from diffuserve_client._command import app
 from diffuserve_client._repository import _size
 from unit.fakes import write_deployment
@@ -50,6 +52,18 @@ def test_there_and_back(deployment: Path, tmp_path: Path) -> None:
     assert told("pull", store, tmp_path / "empty", "shop@v1", "--out", out)["fetched"] == 0
     assert told("verify", out) == {**told("verify", store, "shop"), "files": 3, "bytes": told("verify", out)["bytes"]}
     assert "all as it was written" in run("verify", out).stdout
+
+
+def test_a_push_that_does_not_become_the_newest_says_so(deployment: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    told("push", deployment, store)
+    again = run("push", deployment, store)
+    assert "the newer" not in again.stdout
+    manifest = next((store / "deployments" / "shop").iterdir())
+    newer = replace(DeploymentVersion.from_json(manifest.read_text()), version="v2", created="2999-01-01T00:00:00Z")
+    manifest.with_name("v2.json").write_text(newer.to_json())
+    again = run("push", deployment, store)
+    assert again.stdout.endswith("contents were there; `pull shop` gets the newer v2\n")
 
 
 def test_exit_codes(deployment: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -27,9 +28,9 @@ from diffuserve.repository import (
     verify_folder,
     verify_store,
 )
-from diffuserve.repository.folder import RECEIPT_FILE, blob_of, stored_files
+from diffuserve.repository.folder import RECEIPT_FILE, SUMS_FILE, blob_of, stored_files
 from diffuserve.repository.version import Blob, DeploymentVersion
-from unit.repository.conftest import EVERYWHERE, MakeDeployment, Place, flipped
+from unit.repository.conftest import EVERYWHERE, MakeDeployment, Place, flipped, seal
 
 MakePlace = Callable[[], Place]
 UNET = "models/fake_unet/1/model.onnx"
@@ -138,6 +139,21 @@ def test_without_a_version_the_one_that_was_pushed_last(
     assert list_versions(place.url, "shop").versions[0].version == "m-later"
 
 
+def test_a_push_of_what_was_there_tells_of_a_newer_version(
+    make_deployment: MakeDeployment, place: Place, tmp_path: Path
+) -> None:
+    old = pushed(make_deployment("b", model=b"old"), place, name="shop")
+    place.store.publish(replace(old, version="newer", created="2999-01-01T00:00:00Z"))
+    place.store.publish(replace(old, version="damaged"))
+    place.overwrite("deployments/shop/damaged.json", flipped)
+    (again,) = push(tmp_path / "b", [place.url], name="shop")
+    assert (again.error, again.newest, again.is_outdated) == ("", "newer", True)
+    (again,) = push(tmp_path / "b", [place.url], name="shop", version="newer")
+    assert (again.newest, again.is_outdated) == ("newer", False)
+    (first,) = push(tmp_path / "b", [place.url], name="other")
+    assert not first.is_outdated
+
+
 @EVERYWHERE
 def test_an_interrupted_push_goes_on_and_shows_nothing_before(make_deployment: MakeDeployment, place: Place) -> None:
     root = make_deployment()
@@ -187,6 +203,31 @@ def test_a_pull_that_was_done_is_not_done_again(make_deployment: MakeDeployment,
         pull([place.url], "mine", out)
     with pytest.raises(InvalidArgumentError, match="exists already"):
         pull([place.url], "mine", tmp_path / "mine")
+
+
+def test_a_checkpoint_that_is_exported_anew_into_a_pulled_folder(
+    make_deployment: MakeDeployment, place: Place, tmp_path: Path
+) -> None:
+    pushed(make_deployment(), place)
+    out = tmp_path / "out"
+    pull([place.url], "mine", out)
+    folder = out / "checkpoints" / "fake"
+    sums = (folder / SUMS_FILE).read_text()
+    (folder / SUMS_FILE).write_text("".join(sums.splitlines(keepends=True)[1:]))
+    assert [one.path for one in verify_folder(out).problems] == [f"checkpoints/fake/{SUMS_FILE}"], "cut, and no export"
+    (folder / SUMS_FILE).unlink()
+    assert f"checkpoints/fake/{SUMS_FILE}" in [one.path for one in verify_folder(out).problems]
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest.replace('"source": "nowhere"', '"source": "elsewhere"'))
+    (out / UNET).write_bytes(b"exported anew")
+    (out / UNET).with_name("model.py").unlink()
+    shutil.rmtree(out / "models" / "fake_vae")
+    seal(out)
+    assert verify_folder(out).problems == ()
+    assert pull([place.url], "mine", out).fetched == 0
+    for path in (UNET, "embeddings/word.safetensors"):
+        (out / path).write_bytes(b"damaged")
+    assert [one.path for one in verify_folder(out).problems] == ["embeddings/word.safetensors", UNET]
 
 
 @EVERYWHERE
