@@ -265,7 +265,9 @@ def _alpha(value: Any, place: Place) -> float:
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"has an alpha of {str(value)[:80]} for {listed([place])}, which is no number") from error
+        raise ValueError(
+            f"has an alpha of {str(value)[:80]} for {listed([place])}, which is no finite number"
+        ) from error
 
 
 def _module(place: Place, pair: Mapping[str, torch.Tensor], scales: _Scales) -> LoraModule:

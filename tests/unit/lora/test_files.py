@@ -111,8 +111,8 @@ def test_a_pattern_names_a_layer_of_a_text_encoder_as_peft_does() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"unet.lora_alpha": None}, "an alpha of None for .*to_q, which is no number"),
-        ({"unet.lora_alpha": 10**400}, "an alpha of 1000.*, which is no number"),
+        ({"unet.lora_alpha": None}, "an alpha of None for .*to_q, which is no finite number"),
+        ({"unet.lora_alpha": 10**400}, "an alpha of 1000.*, which is no finite number"),
         ({"unet.lora_alpha": 4, "unet.alpha_pattern": {"to_q": {}}}, "an alpha of {}"),
         ({"unet.lora_alpha": 4, "unet.alpha_pattern": [1]}, r"alpha_pattern for unet that is '\[1\]'"),
         ({"unet.lora_alpha": 4, "unet.alpha_pattern": "x"}, "alpha_pattern for unet that is 'x'"),
