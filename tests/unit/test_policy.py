@@ -322,10 +322,18 @@ def test_those_that_are_only_to_be_decoded_take_their_place_until_they_are_pictu
     policy = make_policy(max_images=3)
     asked = [Demand(GROUPS[0], 2, 5)]
     assert policy.admit(asked, asked, 0.0, stepped=1).images == 3
-    policy.learn(asked, Eta(1.0, 1.0), 6.0, 7.0)
+    with pytest.raises(QueueFullError) as refused:
+        policy.admit(asked, asked, 0.0, stepped=2)
+    seconds = policy.costs.seconds(GROUPS[0], 2)
+    assert refused.value.detail["eta_ms"] == pytest.approx(5000 * seconds, abs=1), "of decoding nothing is known yet"
+    for demands in (asked, 3 * asked):
+        policy.learn(demands, Eta(1.0, 1.0), 6.0, 7.0)
     with pytest.raises(QueueFullError, match="3 images are in the server, and with 1 more") as refused:
         policy.admit(asked, asked, 0.0, stepped=2)
     assert refused.value.detail["eta_ms"] == 3000
+    with pytest.raises(QueueFullError) as refused:
+        policy.admit(3 * asked, asked, 0.0, stepped=2)
+    assert refused.value.detail["eta_ms"] == pytest.approx(5000 * seconds + 6000, abs=1), "one more has to be stepped"
 
 
 def test_a_deadline_that_can_not_be_met_is_refused_with_the_eta() -> None:

@@ -272,7 +272,7 @@ def test_flags_become_options() -> None:
         ("--stall-timeout", "nan", "is nan"),
         ("--start-timeout", "-1", "must be from 1"),
         ("--exit-timeout", "-3", "must be from 0"),
-        ("--lora-budget-mb", "-1", "must be from 0"),
+        ("--lora-budget-mb", "0", "must be from 1"),
         ("--memory-budget", "inf", "is inf"),
         ("--memory-budget", "0", "must be above 0"),
         ("--idle-release", "nan", "must be a number"),

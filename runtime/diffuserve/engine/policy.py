@@ -155,11 +155,12 @@ class StepPolicy:
         sharing = Sharing(self.weight, self._shares.ahead, ready)
         count = len(present) + stepped
         if count + len(demands) > self.max_images:
-            if stepped:  # one after another, they spend what each spends outside of stepping
-                room = self.costs.around(kind_of(demands)) / stepped
+            around, missing = self.costs.around(kind_of(demands)), count + len(demands) - self.max_images
+            if around and stepped >= missing:  # one after another, they spend what each spends outside of stepping
+                room = around * missing / stepped
             else:
                 first = forecast(present, self.calls_of, present, sharing, self.adapter_cap).earliest
-                room = self.costs.corrected(first)
+                room = self.costs.corrected(first + around)
             raise QueueFullError(
                 f"{count} images are in the server, and with {len(demands)} more they would exceed the limit of "
                 f"{self.max_images}; try again in {room:.1f} s",

@@ -19,7 +19,7 @@ from diffuserve.repository.errors import DamagedError, RepositoryError
 from diffuserve.repository.folder import RECEIPT_FILE, blob_of, open_deployment, receipt_of
 from diffuserve.repository.progress import Progress
 from diffuserve.repository.store import Store, open_store
-from diffuserve.repository.verify import verify_folder
+from diffuserve.repository.verify import exported_since, verify_folder
 from diffuserve.repository.version import Blob, DeploymentVersion, split_reference
 
 __all__ = ["Pulled", "pull"]
@@ -115,6 +115,11 @@ class _Pull:
         if problems := verify_folder(out, self._jobs, self._progress).problems:
             listed = "; ".join(f"{one.path}: {one.problem}" for one in problems[:5])
             raise DamagedError(f"{out} holds {receipt.reference}, damaged ({listed}); move it away and pull again")
+        if anew := exported_since(receipt, open_deployment(out)):
+            raise InvalidArgumentError(
+                f"{out} holds {receipt.reference}, but {', '.join(anew)} was exported into it since; choose another "
+                "folder with --out, or move it away first"
+            )
         self._kept = len(wanted.blobs)
 
     def restore(self, wanted: DeploymentVersion, out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,16 @@ from diffuserve.repository.progress import Progress
 from diffuserve.repository.store import Store, open_store
 from diffuserve.repository.version import Blob, DeploymentVersion, split_reference
 
-__all__ = ["Listed", "Listing", "Problem", "Verified", "list_versions", "verify_folder", "verify_store"]
+__all__ = [
+    "Listed",
+    "Listing",
+    "Problem",
+    "Verified",
+    "exported_since",
+    "list_versions",
+    "verify_folder",
+    "verify_store",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +107,7 @@ def _still_expected(receipt: DeploymentVersion, deployment: Deployment) -> dict[
     An export writes a checkpoint's manifest and list of digests anew, and removes models that no manifest names then.
     """
     pulled = {path: blob.sha256 for path, blob in receipt.files.items() if path not in CHANGEABLE}
-    anew = [name for name in deployment.checkpoints if _is_anew(name, pulled, deployment.root)]
+    anew = exported_since(receipt, deployment)
     if not anew:
         return pulled
     manifests = [deployment.manifest(name) for name in deployment.checkpoints if name not in anew]
@@ -112,13 +121,22 @@ def _still_expected(receipt: DeploymentVersion, deployment: Deployment) -> dict[
     return {path: digest for path, digest in pulled.items() if is_expected(path)}
 
 
-def _is_anew(name: str, pulled: Mapping[str, str], root: Path) -> bool:
-    """Whether both files that say what a checkpoint is are others: one alone would be damage."""
-    paths = [f"checkpoints/{name}/{file}" for file in ("manifest.json", SUMS_FILE)]
-    try:
-        return all(blob_of(root / path).sha256 != pulled.get(path) for path in paths)
-    except OSError:
-        return False
+def exported_since(receipt: DeploymentVersion, deployment: Deployment) -> tuple[str, ...]:
+    """The pulled checkpoints that were exported anew into the folder: both files that say what one is are others.
+
+    One file alone would be damage.
+    """
+
+    def is_anew(name: str) -> bool:
+        paths = [f"checkpoints/{name}/{file}" for file in ("manifest.json", SUMS_FILE)]
+        try:
+            return all(
+                path in receipt.files and blob_of(deployment.root / path) != receipt.files[path] for path in paths
+            )
+        except OSError:
+            return False
+
+    return tuple(name for name in deployment.checkpoints if is_anew(name))
 
 
 def verify_store(

@@ -34,7 +34,7 @@ _LIMITS: Final = {
     "stall_timeout": (1, 86400),
     "start_timeout": (1, 86400),
     "exit_timeout": (0, 3600),
-    "lora_budget_mb": (0, 1 << 20),
+    "lora_budget_mb": (1, 1 << 20),
     "memory_budget": (0, 1e6),
 }
 _EXAMPLE: Final = """{"prompt": "a red circle", "image_encoding": "base64"}"""

@@ -224,7 +224,8 @@ def test_a_checkpoint_that_is_exported_anew_into_a_pulled_folder(
     shutil.rmtree(out / "models" / "fake_vae")
     seal(out)
     assert verify_folder(out).problems == ()
-    assert pull([place.url], "mine", out).fetched == 0
+    with pytest.raises(InvalidArgumentError, match="but fake was exported into it since"):
+        pull([place.url], "mine", out)
     for path in (UNET, "embeddings/word.safetensors"):
         (out / path).write_bytes(b"damaged")
     assert [one.path for one in verify_folder(out).problems] == ["embeddings/word.safetensors", UNET]
