@@ -237,7 +237,8 @@ class Keeper:
                     return
             except Exception:
                 _log.exception("the keeper of components failed; it goes on")
-                time.sleep(_REST_S)  # what fails each time must not take a core
+                with self._changed:  # what fails each time must not take a core
+                    self._changed.wait_for(lambda: self._closed, _REST_S)
 
     def _next(self) -> Action | None:
         """The next action, waited for; None where it is time to look around, or to end."""

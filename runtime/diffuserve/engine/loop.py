@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -161,7 +162,7 @@ class DenoiseLoop:
             self._try(trial)
             self._trying = False
         for track in arrived:
-            self._guarded([track], lambda track=track: self._admit(track))  # type: ignore[misc]
+            self._guarded([track], partial(self._admit, track))
         return not closed
 
     def _try(self, trial: Trial) -> None:
@@ -185,21 +186,24 @@ class DenoiseLoop:
 
     def _let_go(self) -> None:
         for track in list(self._active.values()):
-            self._guarded([track], lambda track=track: track.on_suspend(*self._leave(track)))  # type: ignore[misc]
+            self._guarded([track], partial(self._hand_over, track))
+
+    def _hand_over(self, track: Track) -> None:
+        track.on_suspend(*self._leave(track))
 
     def _turn(self) -> None:
         """Let the cancelled and the late leave, choose, step, and let the finished leave."""
         now = self._clock()
         for track in list(self._active.values()):
-            self._guarded([track], lambda track=track: self._drop(track, now))  # type: ignore[misc]
+            self._guarded([track], partial(self._drop, track, now))
         step = self._policy.choose([track.candidate() for track in self._active.values()], now)
         if step is None:
             return
         tracks = [self._active[one.key] for one in step.chosen]
-        self._guarded(tracks, lambda: self._step(tracks, step))
+        self._guarded(tracks, partial(self._step, tracks, step))
         for track in tracks:
             if track.slot >= 0:
-                self._guarded([track], lambda track=track: self._after_step(track))  # type: ignore[misc]
+                self._guarded([track], partial(self._after_step, track))
 
     def _admit(self, track: Track) -> None:
         self._joined += 1

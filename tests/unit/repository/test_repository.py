@@ -411,7 +411,7 @@ def test_a_part_that_fails_keeps_the_others_from_beginning(tmp_path: Path, monke
             begun.append(start)
             if start == 3:
                 raise OSError("the storage is gone")
-            time.sleep(0.01)
+            time.sleep(0.01)  # others are being read when it fails
             ended.append(start)
             return b"x"
 
